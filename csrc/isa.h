@@ -1,0 +1,20 @@
+// Which instruction sets this machine has. The only place that asks the processor.
+#pragma once
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace zipmoe {
+
+enum class Isa { portable, avx2, avx512 };
+
+// The best one of this machine. avx512 means F, BW, VL, VBMI and VBMI2 together; avx2 includes BMI2.
+Isa best_isa();
+// All that this machine can run, best first; never empty.
+std::vector<Isa> available_isas();
+
+std::string_view name(Isa isa);
+// Throws std::invalid_argument for an unknown name or one this machine cannot run.
+Isa isa_from_name(std::string_view name);
+
+}  // namespace zipmoe

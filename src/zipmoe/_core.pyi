@@ -1,4 +1,7 @@
-"""Contract of the native core. Arrays are numpy; the GIL is released in every call that works on data."""
+"""Contract of the native core.
+
+Arrays are numpy; the GIL is released in every call that works on data.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,9 +42,10 @@ def encode(
     isa: str = "",
     allow_raw: bool = True,
 ) -> Encoded:
-    """Encode a BF16 matrix [rows, columns] given as its bits; any strides (a transposed view is fine).
+    """Encode a BF16 matrix [rows, columns] given as its bits; any strides (transposed is fine).
 
-    row_group and k_tile 0: as `geometry`. isa "": the best. allow_raw False: never fall back to raw.
+    row_group and k_tile 0: as `geometry`. isa "": the best. allow_raw False: never fall back to
+    raw.
     """
 
 def decode(
@@ -63,10 +67,11 @@ def decode(
 class ExpertCache:
     """Expert records kept compressed in memory: read on demand, verified, LRU.
 
-    `paths`: the expert shards. `matrices`: u64 [n, 16], one row per matrix, rows of one expert together
-    in order of use: layer, expert, matrix, shard (ordinal in paths), codec id, bytes per element,
-    rows, columns, row group, k-tile, then offset, length, xxh3 of extent 0 and of extent 1 (as in the
-    store's index). An expert's extents lie in one run of its shard, as docs/format.md section 3 says.
+    `paths`: the expert shards. `matrices`: u64 [n, 16], one row per matrix, rows of one expert
+    together in order of use: layer, expert, matrix, shard (ordinal in paths), codec id, bytes per
+    element, rows, columns, row group, k-tile, then offset, length, xxh3 of extent 0 and of extent 1
+    (as in the store's index). An expert's extents lie in one run of its shard, as docs/format.md
+    section 3 says.
 
     Raises FetchError (path, offset, errno) where a read fails, CorruptError (file, layer, expert,
     plane, offset) where the bytes are not those promised; it stays usable after either.

@@ -5,7 +5,7 @@ ZipmoeError
 │  └─ UnsupportedModelError   names the family or method, and what works instead
 ├─ StoreError             the packed folder
 │  ├─ FormatError             not a store, unknown version or codec, unfinished pack
-│  ├─ CorruptError            checksum, length or padding wrong; says file, layer, expert, plane, offset
+│  ├─ CorruptError            checksum, length or padding wrong; says file, layer, expert, offset
 │  └─ MismatchError           parts of different stores, or made from another checkpoint
 ├─ BudgetError            memory below the floor; says the floor and what fills it
 ├─ SpaceError             not enough disk
@@ -101,8 +101,6 @@ class SpaceError(ZipmoeError):
 class FetchError(ZipmoeError):
     """A read failed while running. The engine stays usable. `errno` is the system's error, or 0."""
 
-    def __init__(
-        self, message: str, *, path: str = "", offset: int = 0, errno: int = 0
-    ) -> None:
+    def __init__(self, message: str, *, path: str = "", offset: int = 0, errno: int = 0) -> None:
         self.path, self.offset, self.errno = path, offset, errno
         super().__init__(message)

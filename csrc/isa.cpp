@@ -30,9 +30,12 @@ Isa best_isa() { return available_isas().front(); }
 
 std::string_view name(Isa isa) {
   switch (isa) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    case Isa::portable: return "portable";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::portable:
+      return "portable";
   }
   return "?";
 }
@@ -40,7 +43,8 @@ std::string_view name(Isa isa) {
 Isa isa_from_name(std::string_view wanted) {
   for (Isa isa : available_isas())
     if (name(isa) == wanted) return isa;
-  throw std::invalid_argument("instruction set '" + std::string(wanted) + "' is unknown or not on this machine");
+  throw std::invalid_argument("instruction set '" + std::string(wanted) +
+                              "' is unknown or not on this machine");
 }
 
 }  // namespace zipmoe

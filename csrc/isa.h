@@ -8,7 +8,8 @@ namespace zipmoe {
 
 enum class Isa { portable, avx2, avx512 };
 
-// The best one of this machine. avx512 means F, BW, VL, VBMI and VBMI2 together; avx2 includes BMI2.
+// The best one of this machine. avx512 means F, BW, VL, VBMI and VBMI2 together; avx2 includes
+// BMI2.
 Isa best_isa();
 // All that this machine can run, best first; never empty.
 std::vector<Isa> available_isas();

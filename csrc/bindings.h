@@ -1,0 +1,9 @@
+// What the files named bindings_*.cpp add to the module. Only files named bindings* know Python.
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace zipmoe {
+
+void bind_codec(nanobind::module_& m);
+
+}  // namespace zipmoe

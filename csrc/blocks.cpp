@@ -1,0 +1,119 @@
+#include "blocks.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace zipmoe {
+namespace {
+
+// A cache line of words: strips of so many rows use each line that they touch to its end.
+constexpr std::uint64_t kLineWords = 32;
+
+// out[r * columns + c] = element (first_row + r, c), in squares that stay in the first cache.
+void transpose(const Source& source, std::uint64_t first_row, std::uint64_t rows,
+               std::uint16_t* out) {
+  const std::uint64_t columns = source.columns;
+  for (std::uint64_t c0 = 0; c0 < columns; c0 += kLineWords) {
+    const std::uint64_t c1 = std::min(c0 + kLineWords, columns);
+    for (std::uint64_t r0 = 0; r0 < rows; r0 += kLineWords) {
+      const std::uint64_t r1 = std::min(r0 + kLineWords, rows);
+      for (std::uint64_t c = c0; c < c1; ++c) {
+        const std::uint16_t* from = source.data +
+                                    static_cast<std::ptrdiff_t>(c) * source.column_stride +
+                                    static_cast<std::ptrdiff_t>(first_row + r0) * source.row_stride;
+        for (std::uint64_t r = r0; r < r1; ++r, from += source.row_stride)
+          out[r * columns + c] = *from;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+BlockWriter::BlockWriter(const Grid& grid, const Target& target)
+    : grid_(grid), target_(target), stream_(false), words_{} {}
+
+std::uint16_t* BlockWriter::place(std::uint64_t group, std::uint64_t tile) const {
+  return static_cast<std::uint16_t*>(target_.data) +
+         static_cast<std::ptrdiff_t>(grid_.first_row(group)) * target_.row_stride +
+         static_cast<std::ptrdiff_t>(grid_.first_column(tile));
+}
+
+bool BlockWriter::is_whole(std::uint64_t group, std::uint64_t tile) const {
+  return grid_.real_height(group) == grid_.height(group) &&
+         grid_.real_width(tile) == grid_.width(tile);
+}
+
+BlockTarget BlockWriter::begin(std::uint64_t group, std::uint64_t tile) {
+  BlockTarget target{};
+  target.height = static_cast<std::uint32_t>(grid_.height(group));
+  target.width = static_cast<std::uint32_t>(grid_.width(tile));
+  if (is_whole(group, tile)) {
+    target.out = place(group, tile);
+    target.stride = target_.row_stride;
+    target.stream = stream_;
+  } else {
+    target.out = words_.data();
+    target.stride = static_cast<std::ptrdiff_t>(grid_.width(tile));
+  }
+  return target;
+}
+
+void BlockWriter::end(std::uint64_t group, std::uint64_t tile) {
+  if (is_whole(group, tile)) return;
+  std::uint16_t* out = place(group, tile);
+  const std::uint16_t* from = words_.data();
+  for (std::uint64_t row = 0; row < grid_.real_height(group); ++row) {
+    std::memcpy(out, from, grid_.real_width(tile) * sizeof *out);
+    out += target_.row_stride;
+    from += grid_.width(tile);
+  }
+}
+
+BlockReader::BlockReader(const Grid& grid, const Source& source, const Kernels& kernels)
+    : grid_(grid), source_(source), kernels_(kernels), words_{} {}
+
+std::uint64_t BlockReader::strip_groups() const {
+  return std::max<std::uint64_t>(1, kLineWords / grid_.row_group());
+}
+
+void BlockReader::gather(std::uint64_t group) {
+  strip_begin_ = group;
+  strip_end_ = std::min(group + strip_groups(), grid_.row_groups());
+  const std::uint64_t first = grid_.first_row(group);
+  const std::uint64_t rows = std::min(grid_.first_row(strip_end_), grid_.rows()) - first;
+  strip_.resize(rows * grid_.columns() * sizeof(std::uint16_t));
+  transpose(source_, first, rows, reinterpret_cast<std::uint16_t*>(strip_.data()));
+}
+
+void BlockReader::read(std::uint64_t group, std::uint64_t tile, std::uint8_t* sign_mantissa,
+                       BlockPlanes& planes) {
+  const std::uint64_t height = grid_.height(group), width = grid_.width(tile);
+  const std::uint64_t real_height = grid_.real_height(group), real_width = grid_.real_width(tile);
+  const std::uint16_t* words;
+  std::ptrdiff_t stride;
+  if (source_.column_stride == 1) {
+    stride = source_.row_stride;
+    words = source_.data + static_cast<std::ptrdiff_t>(grid_.first_row(group)) * stride;
+  } else {
+    if (group < strip_begin_ || group >= strip_end_) gather(group);
+    stride = static_cast<std::ptrdiff_t>(grid_.columns());
+    words = reinterpret_cast<const std::uint16_t*>(strip_.data()) +
+            (grid_.first_row(group) - grid_.first_row(strip_begin_)) * grid_.columns();
+  }
+  words += grid_.first_column(tile);
+  if (real_height != height || real_width != width) {
+    words_.fill(0);
+    for (std::uint64_t row = 0; row < real_height; ++row)
+      std::memcpy(words_.data() + row * width, words + static_cast<std::ptrdiff_t>(row) * stride,
+                  real_width * sizeof *words);
+    words = words_.data();
+    stride = static_cast<std::ptrdiff_t>(width);
+  }
+  planes.weights = height * width;
+  planes.padding = planes.weights - real_height * real_width;
+  kernels_.split(words, stride, static_cast<std::uint32_t>(height),
+                 static_cast<std::uint32_t>(width), sign_mantissa, planes.exponents.data());
+}
+
+}  // namespace zipmoe

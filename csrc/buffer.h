@@ -1,0 +1,39 @@
+// A plain block of bytes that is neither zeroed nor copied without need.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <span>
+
+namespace zipmoe {
+
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::size_t size) { resize(size); }
+
+  std::uint8_t* data() { return bytes_.get(); }
+  const std::uint8_t* data() const { return bytes_.get(); }
+  std::size_t size() const { return size_; }
+  std::span<const std::uint8_t> span() const { return {data(), size_}; }
+
+  // Keeps the content; new bytes are not initialised.
+  void resize(std::size_t size) {
+    void* grown = std::realloc(bytes_.get(), size == 0 ? 1 : size);
+    if (grown == nullptr) throw std::bad_alloc();
+    (void)bytes_.release();
+    bytes_.reset(static_cast<std::uint8_t*>(grown));
+    size_ = size;
+  }
+
+ private:
+  struct Free {
+    void operator()(std::uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<std::uint8_t, Free> bytes_;
+  std::size_t size_ = 0;
+};
+
+}  // namespace zipmoe

@@ -1,0 +1,25 @@
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace zipmoe {
+
+const Kernels& kernels(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512:
+      return kPortableKernels;
+    case Isa::avx2:
+      return kPortableKernels;
+#else
+    case Isa::avx512:
+    case Isa::avx2:
+      throw std::invalid_argument("instruction set of another processor");
+#endif
+    case Isa::portable:
+      return kPortableKernels;
+  }
+  throw std::invalid_argument("unknown instruction set");
+}
+
+}  // namespace zipmoe

@@ -40,6 +40,13 @@ nb::object make_fetch(nb::object kind, const std::exception& error) {
               nb::arg("errno") = e.error_number);
 }
 
+nb::object make_format(nb::object kind, const std::exception& error) { return kind(error.what()); }
+
+nb::object make_budget(nb::object kind, const std::exception& error) {
+  const auto& e = static_cast<const zipmoe::BudgetError&>(error);
+  return kind(e.what(), nb::arg("floor_bytes") = e.floor_bytes);
+}
+
 // Raises the Python namesake of a core error; others go on to nanobind's own translators.
 void translate(const std::exception_ptr& pointer, void*) {
   try {
@@ -48,6 +55,10 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("CorruptError", make_corrupt, error);
   } catch (const zipmoe::FetchError& error) {
     raise("FetchError", make_fetch, error);
+  } catch (const zipmoe::FormatError& error) {
+    raise("FormatError", make_format, error);
+  } catch (const zipmoe::BudgetError& error) {
+    raise("BudgetError", make_budget, error);
   }
 }
 
@@ -61,5 +72,6 @@ NB_MODULE(_core, m) {
     for (zipmoe::Isa isa : zipmoe::available_isas()) names.emplace_back(zipmoe::name(isa));
     return names;
   });
+  zipmoe::bind_cache(m);
   zipmoe::bind_codec(m);
 }

@@ -4,6 +4,7 @@
 
 namespace zipmoe {
 
+void bind_cache(nanobind::module_& m);
 void bind_codec(nanobind::module_& m);
 
 }  // namespace zipmoe

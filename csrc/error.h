@@ -29,6 +29,21 @@ class CorruptError : public std::runtime_error {
 inline constexpr const char* kSignMantissaPlane = "sign-mantissa";
 inline constexpr const char* kExponentPlane = "exponent";
 
+// The store is one that this zipmoe cannot read: an unknown codec, a shard that is no plain file.
+class FormatError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// The memory granted is below the least that works.
+class BudgetError : public std::runtime_error {
+ public:
+  BudgetError(const std::string& message, std::uint64_t floor)
+      : std::runtime_error(message), floor_bytes(floor) {}
+
+  std::uint64_t floor_bytes;
+};
+
 // A read failed. `error_number` is errno, or 0 where the file simply ends too early.
 class FetchError : public std::runtime_error {
  public:

@@ -1,0 +1,57 @@
+#include "arena.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+#include <utility>
+
+namespace zipmoe {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+// munmap of a stretch that we mapped cannot fail but for a fault of ours; nothing could be done
+// then.
+void unmap(std::byte* begin, std::size_t length) noexcept {
+  if (length > 0) munmap(begin, length);
+}
+
+}  // namespace
+
+Arena::Arena(std::size_t bytes) {
+  if (bytes == 0) return;
+  if (bytes > SIZE_MAX - kHugePage) throw std::bad_alloc();
+  const std::size_t mapped = bytes + kHugePage;
+  void* address = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (address == MAP_FAILED) throw std::bad_alloc();
+
+  auto* begin = static_cast<std::byte*>(address);
+  const std::size_t past = reinterpret_cast<std::uintptr_t>(begin) % kHugePage;
+  const std::size_t head = past == 0 ? 0 : kHugePage - past;
+  unmap(begin, head);
+  unmap(begin + head + bytes, mapped - head - bytes);
+  bytes_ = {begin + head, bytes};
+  // Advice: a kernel without huge pages refuses it, and everything works all the same.
+  (void)madvise(bytes_.data(), bytes, MADV_HUGEPAGE);
+  (void)madvise(bytes_.data(), bytes, MADV_DONTFORK);
+}
+
+Arena::Arena(Arena&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
+
+Arena& Arena::operator=(Arena&& other) noexcept {
+  if (this != &other) {
+    release();
+    bytes_ = std::exchange(other.bytes_, {});
+  }
+  return *this;
+}
+
+Arena::~Arena() { release(); }
+
+void Arena::release() noexcept {
+  unmap(bytes_.data(), bytes_.size());
+  bytes_ = {};
+}
+
+}  // namespace zipmoe

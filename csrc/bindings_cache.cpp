@@ -1,0 +1,123 @@
+// The expert cache for Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "cache.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace zipmoe {
+namespace {
+
+using Table = nb::ndarray<const std::uint64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+using Experts = std::vector<std::uint64_t>;
+
+std::span<const std::uint64_t> numbers_of(const Table& table) {
+  if (table.shape(1) != kTableColumns)
+    throw std::invalid_argument("matrices: the table must have 16 columns");
+  return {table.data(), table.size()};
+}
+
+// The cache as Python owns it: a forked child must leave it alone when it collects its garbage.
+class Handle {
+ public:
+  Handle(std::vector<std::string> paths, const Table& table, const CacheOptions& options) {
+    const std::span<const std::uint64_t> numbers = numbers_of(table);
+    nb::gil_scoped_release release;
+    cache_ = std::make_unique<ExpertCache>(std::move(paths), numbers, options);
+  }
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+  ~Handle() {
+    if (cache_->is_forked()) (void)cache_.release();
+  }
+  ExpertCache* operator->() const { return cache_.get(); }
+
+ private:
+  std::unique_ptr<ExpertCache> cache_;
+};
+
+void decode_into(const Handle& cache, std::uint64_t layer, std::uint64_t expert,
+                 std::uint64_t matrix, const Out& out) {
+  const MatrixSpec& spec = cache->spec(layer, expert, matrix);
+  if (out.shape(0) != spec.rows || out.shape(1) != spec.columns)
+    throw std::invalid_argument("out: the matrix is " + std::to_string(spec.rows) + " x " +
+                                std::to_string(spec.columns));
+  if (out.itemsize() != spec.element_bytes)
+    throw std::invalid_argument("out: its elements must have " +
+                                std::to_string(spec.element_bytes) + " bytes");
+  if (out.size() != 0 && out.shape(1) > 1 && out.stride(1) != 1)
+    throw std::invalid_argument("out: the columns must be contiguous");
+  const auto columns = static_cast<std::int64_t>(spec.columns);
+  if (out.size() != 0 && out.shape(0) > 1 && out.stride(0) < columns)
+    throw std::invalid_argument("out: the rows must not overlap or run backwards");
+  const Target target{out.data(), out.stride(0)};
+  nb::gil_scoped_release release;
+  cache->decode(layer, expert, matrix, target);
+}
+
+nb::dict counters_of(const Handle& cache) {
+  const CacheCounters counters = cache->counters();
+  nb::dict named;
+  named["hits"] = counters.hits;
+  named["misses"] = counters.misses;
+  named["bytes_read"] = counters.bytes_read;
+  named["evictions"] = counters.evictions;
+  named["read_errors"] = counters.read_errors;
+  named["wait_ns"] = counters.wait_ns;
+  named["decode_ns"] = counters.decode_ns;
+  return named;
+}
+
+}  // namespace
+
+void bind_cache(nb::module_& m) {
+  nb::class_<Handle>(m, "ExpertCache")
+      .def(
+          "__init__",
+          [](Handle* self, std::vector<std::string> paths, const Table& matrices,
+             std::uint64_t capacity_bytes, std::string reader, std::string isa) {
+            new (self) Handle(std::move(paths), matrices,
+                              {capacity_bytes, std::move(reader), std::move(isa)});
+          },
+          "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "reader"_a = "", "isa"_a = "")
+      .def_static(
+          "floor_bytes",
+          [](const Table& matrices) { return ExpertCache::floor_bytes(numbers_of(matrices)); },
+          "matrices"_a)
+      .def_prop_ro("reader", [](const Handle& self) { return self->reader_name(); })
+      .def_prop_ro("isa", [](const Handle& self) { return std::string(name(self->isa())); })
+      .def_prop_ro("slots", [](const Handle& self) { return self->num_slots(); })
+      .def_prop_ro("allocated_bytes",
+                   [](const Handle& self) {
+                     nb::gil_scoped_release release;
+                     return self->allocated_bytes();
+                   })
+      .def(
+          "prefetch",
+          [](const Handle& self, std::uint64_t layer, const Experts& experts) {
+            nb::gil_scoped_release release;
+            self->prefetch(layer, experts);
+          },
+          "layer"_a, "experts"_a)
+      .def("decode", &decode_into, "layer"_a, "expert"_a, "matrix"_a, "out"_a.noconvert())
+      .def("counters", &counters_of)
+      .def("close", [](const Handle& self) {
+        nb::gil_scoped_release release;
+        self->close();
+      });
+}
+
+}  // namespace zipmoe

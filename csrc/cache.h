@@ -1,0 +1,191 @@
+// The expert cache: expert records, still compressed, in a fixed amount of memory.
+//
+// A record is read whole, every checksum of it is verified, and only then is its slot resident:
+// nothing is ever decoded from other bytes. One mutex guards all bookkeeping; reading, verifying
+// and decoding happen outside it. Every wait is for a read, or for a slot that a read or another
+// caller is using, and each of those ends, well or with an error.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "arena.h"
+#include "codec.h"
+#include "error.h"
+#include "expert_table.h"
+#include "isa.h"
+#include "reader.h"
+#include "residency.h"
+
+namespace zipmoe {
+
+struct CacheOptions {
+  std::uint64_t capacity_bytes = 0;  // all that the cache may allocate
+  std::string reader;                // see reader_choice; empty: the best that works
+  std::string isa;                   // empty: the best of this machine
+};
+
+struct CacheCounters {
+  std::uint64_t hits = 0;    // visits (see Residency) that found the record, or its read under way
+  std::uint64_t misses = 0;  // visits that did not
+  std::uint64_t bytes_read = 0;   // of reads that were completed, padding included
+  std::uint64_t evictions = 0;    // records dropped for others
+  std::uint64_t read_errors = 0;  // failed requests and wrong checksums, those cured by a retry too
+  std::uint64_t wait_ns = 0;      // that callers spent waiting
+  std::uint64_t decode_ns = 0;    // that callers spent decoding
+};
+
+class Lease;
+
+// Calls may come from several threads at once. Forking is not supported: in a forked child every
+// call throws, close() does nothing, and the object must not be destroyed (its threads are not
+// there).
+class ExpertCache final : private ReadSink {
+ public:
+  // `table`: kTableColumns numbers per matrix (expert_table.h).
+  // Throws std::invalid_argument for unknown names, BudgetError below floor_bytes, FetchError where
+  // a shard cannot be opened, FormatError and CorruptError where table and shards do not fit the
+  // format.
+  ExpertCache(std::vector<std::string> paths, std::span<const std::uint64_t> table,
+              const CacheOptions& options);
+  ExpertCache(const ExpertCache&) = delete;
+  ExpertCache& operator=(const ExpertCache&) = delete;
+  ~ExpertCache();
+
+  // The least capacity: two slots (one to decode from, one to read into) and all that is not slots.
+  static std::uint64_t floor_bytes(std::span<const std::uint64_t> table);
+
+  // Starts reading those that are absent and goes on with them in the background as slots become
+  // free. Never waits for a read; what goes wrong surfaces when the expert is asked for.
+  void prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts);
+
+  // The record, read if need be, held in its slot until the lease ends. A thread that holds leases
+  // on all slots must not ask for one more: nobody would ever free one. Throws FetchError or
+  // CorruptError where the read failed; the cache stays usable.
+  Lease acquire(std::uint64_t layer, std::uint64_t expert);
+
+  // What is asked for by (layer, expert, matrix); throws std::invalid_argument where there is none.
+  [[nodiscard]] const MatrixSpec& spec(std::uint64_t layer, std::uint64_t expert,
+                                       std::uint64_t matrix) const;
+  // Decodes one matrix of spec(...) into the target. Throws as acquire.
+  void decode(std::uint64_t layer, std::uint64_t expert, std::uint64_t matrix,
+              const Target& target);
+
+  [[nodiscard]] CacheCounters counters() const;
+  // Waits for calls and leases of others, which end with an error where they still wait for a read;
+  // frees threads, files and memory. Any later call throws std::invalid_argument. Idempotent.
+  void close();
+
+  // True in a child of the process that made it.
+  [[nodiscard]] bool is_forked() const;
+
+  // "io_uring+direct", "io_uring", "pread+direct" or "pread": what engaged.
+  [[nodiscard]] const std::string& reader_name() const { return reader_name_; }
+  [[nodiscard]] Isa isa() const { return isa_; }
+  [[nodiscard]] std::uint32_t num_slots() const { return num_slots_; }
+  // 0 once closed.
+  [[nodiscard]] std::uint64_t allocated_bytes() const;
+
+ private:
+  friend class Lease;
+  using Failure = std::variant<CorruptError, FetchError>;
+  using Lock = std::unique_lock<std::mutex>;
+  // A read under way; whoever waits for it holds a share.
+  struct Read {
+    std::optional<Failure> failure;
+    unsigned num_waiters = 0;
+    bool done = false;
+    bool repeated = false;
+  };
+
+  void read_done(std::uint64_t tag, const ReadResult& result) noexcept override;
+  void reader_failed(std::exception_ptr cause) noexcept override;
+
+  // All of these with the lock held.
+  void check_usable() const;
+  void count_visit(std::uint32_t expert);
+  bool start_read(std::uint32_t expert, Victim victim);
+  void submit(std::uint32_t slot);
+  void start_wanted();
+  void finish_read(std::uint32_t slot, std::optional<Failure> failure);
+  void wait(Lock& lock);
+  std::uint32_t pin_resident(Lock& lock, std::uint32_t expert);
+  std::uint32_t wait_for_read(Lock& lock, std::uint32_t slot);
+
+  // Without it.
+  void release(std::uint32_t expert, std::uint32_t slot, bool ends_visit) noexcept;
+  [[nodiscard]] std::optional<Failure> verify(std::uint32_t slot) const;
+  [[nodiscard]] Failure describe(std::uint32_t slot, const ReadResult& result) const;
+  [[nodiscard]] CorruptError corrupt(const ExpertRecord& record, const std::string& why,
+                                     std::uint64_t offset) const;
+  [[nodiscard]] std::span<std::byte> slot_bytes(std::uint32_t slot,
+                                                const ExpertRecord& record) const;
+
+  // Fixed once constructed.
+  std::vector<std::string> paths_;
+  ExpertTable table_;
+  Isa isa_;
+  std::uint64_t slot_stride_ = 0;
+  std::uint32_t num_slots_ = 0;
+  std::uint64_t allocated_bytes_ = 0;
+  std::string reader_name_;
+  std::int64_t owner_;  // the process
+  std::vector<ShardFile> shards_;
+  Arena arena_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  Residency residency_;
+  std::vector<std::shared_ptr<Read>> reads_;           // by slot
+  std::unordered_map<std::uint32_t, Failure> failed_;  // by expert: reads that nobody waited for
+  std::deque<std::uint32_t> wanted_;                   // of the latest list, not yet started
+  CacheCounters counters_;
+  std::uint64_t num_users_ = 0;         // calls and leases under way
+  std::uint64_t num_slot_waiters_ = 0;  // callers for whom no slot was left
+  std::exception_ptr broken_;           // the reader's end
+  bool closed_ = false;
+  bool freed_ = false;
+
+  std::atomic<std::uint64_t> decode_ns_ = 0;
+  std::mutex scratch_;  // one at a time, of codecs that need room of their own to decode
+  std::unique_ptr<Reader> reader_;
+};
+
+// A record that stays where it is while this lives: kernels compute straight from its extents.
+class Lease {
+ public:
+  Lease(Lease&& other) noexcept;
+  Lease& operator=(Lease&&) = delete;
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  ~Lease();
+
+  [[nodiscard]] std::size_t num_matrices() const;
+  [[nodiscard]] const MatrixSpec& spec(std::size_t matrix) const;
+  // Exact bytes, without padding.
+  [[nodiscard]] Extents extents(std::size_t matrix) const;
+  // The visit goes on after this lease: more matrices will be asked for.
+  void keep_visit() { ends_visit_ = false; }
+
+ private:
+  friend class ExpertCache;
+  Lease(ExpertCache& cache, std::uint32_t expert, std::uint32_t slot)
+      : cache_(&cache), expert_(expert), slot_(slot) {}
+  [[nodiscard]] const ExpertMatrix& matrix(std::size_t matrix) const;
+
+  ExpertCache* cache_;
+  std::uint32_t expert_;
+  std::uint32_t slot_;
+  bool ends_visit_ = true;
+};
+
+}  // namespace zipmoe

@@ -1,0 +1,63 @@
+// The bookkeeping that all readers share: jobs cut into requests, and what to do when one ends
+// badly. Pure: no files, threads or locks.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <list>
+#include <optional>
+
+#include "reader.h"
+
+namespace zipmoe {
+
+// A job in the making.
+struct Transfer {
+  ReadJob job;
+  std::size_t issued = 0;          // bytes handed out in requests so far
+  std::size_t num_unfinished = 0;  // requests handed out, or waiting to be tried again
+  ReadResult result;
+};
+
+// A piece of a job, at most kRequestBytes long.
+struct Request {
+  std::list<Transfer>::iterator transfer;
+  std::size_t at = 0;  // bytes from the job's start
+  std::size_t length = 0;
+  unsigned num_interrupts = 0;
+  unsigned num_stalls = 0;
+  bool failed_once = false;
+
+  [[nodiscard]] const ReadJob& job() const { return transfer->job; }
+  [[nodiscard]] std::uint64_t offset() const { return job().offset + at; }
+  [[nodiscard]] std::byte* data() const { return job().into.data() + at; }
+};
+
+struct Finished {
+  std::uint64_t tag = 0;
+  ReadResult result;
+};
+
+// Requests are handed out in the order of their jobs; those to be tried again come first.
+class Requests {
+ public:
+  void add(const ReadJob& job);
+  // Nothing where all is handed out.
+  std::optional<Request> next();
+  // `outcome`: what read(2) says: bytes, 0 at the end of the file, or minus errno.
+  // Returns the job if this was the last of it.
+  std::optional<Finished> settle(Request request, std::int64_t outcome);
+
+ private:
+  enum class Verdict { done, again, failed };
+  static Verdict judge(Request& request, std::int64_t outcome);
+  static Verdict judge_error(Request& request, int error);
+
+  std::list<Transfer> transfers_;
+  std::deque<Request> again_;
+};
+
+// After a buffered read: the page cache must not keep what the expert cache keeps.
+void drop_cached(const Request& request);
+
+}  // namespace zipmoe

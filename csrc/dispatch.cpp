@@ -1,5 +1,6 @@
 #include <stdexcept>
 
+#include "isa.h"
 #include "kernels.h"
 
 namespace zipmoe {
@@ -8,9 +9,9 @@ const Kernels& kernels(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx512:
-      return kPortableKernels;
+      return kAvx512Kernels;
     case Isa::avx2:
-      return kPortableKernels;
+      return kAvx2Kernels;
 #else
     case Isa::avx512:
     case Isa::avx2:

@@ -6,9 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "isa.h"
-
 namespace zipmoe {
+
+enum class Isa;  // isa.h, which is not included: it pulls in standard headers
 
 // Stray loads and stores of the kernels beyond their exact streams: one vector.
 inline constexpr std::size_t kVectorSlack = 64;
@@ -61,6 +61,9 @@ struct Kernels {
 
 // The table of an instruction set that this machine has.
 const Kernels& kernels(Isa isa);
+
+// Counting gains nothing from vectors: all tables share it.
+void histogram(const std::uint8_t* values, std::size_t n, std::uint32_t* counts);
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)

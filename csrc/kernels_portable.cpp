@@ -113,17 +113,6 @@ void split(const u16* words, std::ptrdiff_t stride, std::uint32_t height, std::u
       }
 }
 
-void histogram(const u8* values, std::size_t n, std::uint32_t* counts) {
-  // Four tables: equal neighbours would otherwise wait for each other's store.
-  std::array<std::array<std::uint32_t, 256>, 4> part{};
-  for (std::size_t i = 0; i < n; i += 8) {
-    std::uint64_t eight;
-    std::memcpy(&eight, values + i, 8);
-    for (unsigned k = 0; k < 8; ++k) ++part[k % 4][(eight >> (8 * k)) & 255];
-  }
-  for (unsigned v = 0; v < 256; ++v) counts[v] = part[0][v] + part[1][v] + part[2][v] + part[3][v];
-}
-
 template <unsigned kBits>
 std::size_t rank(const u8* values, std::size_t n, const u8* table, u8* codes, u8* escapes) {
   constexpr unsigned kEscape = (1U << kBits) - 1;
@@ -145,6 +134,17 @@ std::size_t rank(const u8* values, std::size_t n, const u8* table, u8* codes, u8
 }
 
 }  // namespace
+
+void histogram(const u8* values, std::size_t n, std::uint32_t* counts) {
+  // Four tables: equal neighbours would otherwise wait for each other's store.
+  std::array<std::array<std::uint32_t, 256>, 4> part{};
+  for (std::size_t i = 0; i < n; i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, values + i, 8);
+    for (unsigned k = 0; k < 8; ++k) ++part[k % 4][(eight >> (8 * k)) & 255];
+  }
+  for (unsigned v = 0; v < 256; ++v) counts[v] = part[0][v] + part[1][v] + part[2][v] + part[3][v];
+}
 
 const Kernels kPortableKernels{
     .unrank2 = unrank<2>,

@@ -1,0 +1,340 @@
+// The kernels for AVX2 with BMI2: a group of 64 weights is two vectors.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace zipmoe {
+namespace {
+
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
+constexpr std::size_t kGroup = 64;
+
+template <unsigned kBits>
+constexpr std::size_t kGroupBytes = kBits * kGroup / 8;
+
+// A group's 64 bytes.
+struct Pair {
+  __m256i low, high;
+};
+
+__m128i load128(const u8* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+__m256i load256(const u8* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+__m128i load64(const u8* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
+void store256(u8* to, __m256i bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes); }
+
+// Shuffles of 8 bytes, by a mask of the bytes concerned. AVX2 has no expand and no compress; pdep
+// and pext would do, but are very slow on the older processors that have nothing better than AVX2.
+struct Shuffles {
+  alignas(64) u8 expand[256][8];    // the next stream byte where the mask is set, else 0
+  alignas(64) u8 compress[256][8];  // the masked bytes, moved together
+};
+
+constexpr Shuffles make_shuffles() {
+  Shuffles shuffles{};
+  for (unsigned mask = 0; mask < 256; ++mask) {
+    unsigned set = 0;
+    for (unsigned bit = 0; bit < 8; ++bit) {
+      const bool is_set = ((mask >> bit) & 1U) != 0;
+      shuffles.expand[mask][bit] = is_set ? static_cast<u8>(set) : u8{0x80};
+      if (is_set) shuffles.compress[mask][set++] = static_cast<u8>(bit);
+    }
+    for (; set < 8; ++set) shuffles.compress[mask][set] = 0x80;
+  }
+  return shuffles;
+}
+
+constexpr Shuffles kShuffles = make_shuffles();
+
+unsigned bits_below(u64 mask, unsigned bit) {
+  return static_cast<unsigned>(_mm_popcnt_u64(_bzhi_u64(mask, bit)));
+}
+
+// 16 bytes from bit `kFirst` of the mask on: stream bytes where it is set, else 0.
+template <unsigned kFirst>
+__m128i expand16(u64 mask, const u8* stream) {
+  const __m128i low = _mm_shuffle_epi8(load64(stream + bits_below(mask, kFirst)),
+                                       load64(kShuffles.expand[(mask >> kFirst) & 255]));
+  const __m128i high = _mm_shuffle_epi8(load64(stream + bits_below(mask, kFirst + 8)),
+                                        load64(kShuffles.expand[(mask >> (kFirst + 8)) & 255]));
+  return _mm_unpacklo_epi64(low, high);
+}
+
+Pair expand(u64 mask, const u8* stream) {
+  return {_mm256_set_m128i(expand16<16>(mask, stream), expand16<0>(mask, stream)),
+          _mm256_set_m128i(expand16<48>(mask, stream), expand16<32>(mask, stream))};
+}
+
+u64 mask_of(__m256i low, __m256i high) {
+  return static_cast<u32>(_mm256_movemask_epi8(low)) |
+         (static_cast<u64>(static_cast<u32>(_mm256_movemask_epi8(high))) << 32);
+}
+
+// 4 where the bit is set, else 0, for 32 bits.
+__m256i fours(u32 bits) {
+  const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
+                                           0x0101010101010101, 0x0000000000000000);
+  const __m256i single = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ULL));
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), spread);
+  const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, single), single);
+  return _mm256_and_si256(is_set, _mm256_set1_epi8(4));
+}
+
+Pair codes2(const u8* group) {
+  const __m256i bytes = _mm256_broadcastsi128_si256(load128(group));
+  const __m256i three = _mm256_set1_epi8(3);
+  const __m256i low = _mm256_srlv_epi32(bytes, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0));
+  const __m256i high = _mm256_srlv_epi32(bytes, _mm256_set_epi32(6, 6, 6, 6, 4, 4, 4, 4));
+  return {_mm256_and_si256(low, three), _mm256_and_si256(high, three)};
+}
+
+template <unsigned kBits>
+Pair codes_of(const u8* group) {
+  if constexpr (kBits == 2) return codes2(group);
+  if constexpr (kBits == 3) {
+    u64 high;
+    __builtin_memcpy(&high, group + 16, sizeof high);
+    const Pair low = codes2(group);
+    return {_mm256_or_si256(low.low, fours(static_cast<u32>(high))),
+            _mm256_or_si256(low.high, fours(static_cast<u32>(high >> 32)))};
+  }
+  const __m256i bytes = load256(group), mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+}
+
+// A level's table, 0 for the escape, so that escapes can be or-ed in.
+template <unsigned kBits>
+__m256i table_of(const u8* table) {
+  constexpr std::size_t kEntries = (std::size_t{1} << kBits) - 1;
+  alignas(16) u8 entries[16] = {};
+  __builtin_memcpy(entries, table, kEntries);
+  return _mm256_broadcastsi128_si256(load128(entries));
+}
+
+// Exponents of one group; `next` moves over the escapes among the first `used` codes.
+template <unsigned kBits>
+Pair exponents_of(const u8* group, __m256i table, unsigned used, const u8*& next) {
+  const __m256i escape = _mm256_set1_epi8((1 << kBits) - 1);
+  const Pair codes = codes_of<kBits>(group);
+  Pair exponents{_mm256_shuffle_epi8(table, codes.low), _mm256_shuffle_epi8(table, codes.high)};
+  u64 escaped =
+      mask_of(_mm256_cmpeq_epi8(codes.low, escape), _mm256_cmpeq_epi8(codes.high, escape));
+  if (used < kGroup) escaped = _bzhi_u64(escaped, used);
+  // With 4 bits hardly a group has an escape: a branch is cheaper than the expansion.
+  if (kBits == 4 && __builtin_expect(escaped == 0, 1)) return exponents;
+  const Pair inserted = expand(escaped, next);
+  next += _mm_popcnt_u64(escaped);
+  exponents.low = _mm256_or_si256(exponents.low, inserted.low);
+  exponents.high = _mm256_or_si256(exponents.high, inserted.high);
+  return exponents;
+}
+
+template <unsigned kBits>
+std::size_t unrank(const u8* codes, std::size_t n, const u8* table, const u8* escapes, u8* out) {
+  const __m256i entries = table_of<kBits>(table);
+  const u8* next = escapes;
+  for (std::size_t i = 0; i < n; i += kGroup, codes += kGroupBytes<kBits>) {
+    const auto used = static_cast<unsigned>(n - i < kGroup ? n - i : kGroup);
+    const Pair exponents = exponents_of<kBits>(codes, entries, used, next);
+    store256(out + i, exponents.low);
+    store256(out + i + 32, exponents.high);
+  }
+  return static_cast<std::size_t>(next - escapes);
+}
+
+template <bool kStream>
+void store_rotated(__m256i interleaved, u16* out) {
+  const __m256i words =
+      _mm256_or_si256(_mm256_srli_epi16(interleaved, 1), _mm256_slli_epi16(interleaved, 15));
+  if constexpr (kStream)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), words);
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
+}
+
+// BF16 words of a group. Interleaved, a weight reads EEEEEEEE MMMMMMM S: one rotation is missing.
+template <bool kStream>
+void store_merged(const u8* sign_mantissa, Pair exponents, u16* out) {
+  const __m256i low = load256(sign_mantissa), high = load256(sign_mantissa + 32);
+  store_rotated<kStream>(_mm256_unpacklo_epi8(low, exponents.low), out);
+  store_rotated<kStream>(_mm256_unpacklo_epi8(high, exponents.high), out + 16);
+  store_rotated<kStream>(_mm256_unpackhi_epi8(low, exponents.low), out + 32);
+  store_rotated<kStream>(_mm256_unpackhi_epi8(high, exponents.high), out + 48);
+}
+
+// Calls body(group's number, its place in the target) in the order of the format.
+template <class Body>
+void each_group(const BlockTarget& target, const Body& body) {
+  std::size_t group = 0;
+  u16* panel = target.out;
+  for (u32 row = 0; row < target.height; row += 4, panel += 4 * target.stride)
+    for (u32 column = 0; column < target.width; column += kGroup) {
+      u16* out = panel + column;
+      for (unsigned k = 0; k < 4; ++k, out += target.stride) body(group++, out);
+    }
+}
+
+template <unsigned kBits, bool kStream>
+std::size_t merge_block(const CodedBlock& block, const BlockTarget& target) {
+  const __m256i entries = table_of<kBits>(block.table);
+  const u8* next = block.escapes;
+  each_group(target, [&](std::size_t group, u16* out) {
+    const Pair exponents =
+        exponents_of<kBits>(block.codes + group * kGroupBytes<kBits>, entries, kGroup, next);
+    store_merged<kStream>(block.sign_mantissa + group * kGroup, exponents, out);
+  });
+  return static_cast<std::size_t>(next - block.escapes);
+}
+
+template <unsigned kBits>
+std::size_t merge(const CodedBlock& block, const BlockTarget& target) {
+  return target.stream ? merge_block<kBits, true>(block, target)
+                       : merge_block<kBits, false>(block, target);
+}
+
+template <bool kStream>
+void merge8_block(const u8* sign_mantissa, const u8* exponents, const BlockTarget& target) {
+  each_group(target, [&](std::size_t group, u16* out) {
+    const u8* from = exponents + group * kGroup;
+    store_merged<kStream>(sign_mantissa + group * kGroup, {load256(from), load256(from + 32)}, out);
+  });
+}
+
+void merge8(const u8* sign_mantissa, const u8* exponents, const BlockTarget& target) {
+  if (target.stream)
+    merge8_block<true>(sign_mantissa, exponents, target);
+  else
+    merge8_block<false>(sign_mantissa, exponents, target);
+}
+
+__m256i load_rotated(const u16* from) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm256_or_si256(_mm256_slli_epi16(words, 1), _mm256_srli_epi16(words, 15));
+}
+
+// Both planes of 32 weights: words 0..15 and 32..47 of a group, or 16..31 and 48..63.
+void split_half(__m256i first, __m256i second, u8* sign_mantissa, u8* exponents) {
+  const __m256i low_byte = _mm256_set1_epi16(0xFF);
+  store256(sign_mantissa, _mm256_packus_epi16(_mm256_and_si256(first, low_byte),
+                                              _mm256_and_si256(second, low_byte)));
+  store256(exponents,
+           _mm256_packus_epi16(_mm256_srli_epi16(first, 8), _mm256_srli_epi16(second, 8)));
+}
+
+void split(const u16* words, std::ptrdiff_t stride, u32 height, u32 width, u8* sign_mantissa,
+           u8* exponents) {
+  for (u32 panel = 0; panel < height; panel += 4, words += 4 * stride)
+    for (u32 column = 0; column < width; column += kGroup) {
+      const u16* from = words + column;
+      for (unsigned k = 0; k < 4; ++k, from += stride) {
+        split_half(load_rotated(from), load_rotated(from + 32), sign_mantissa, exponents);
+        split_half(load_rotated(from + 16), load_rotated(from + 48), sign_mantissa + 32,
+                   exponents + 32);
+        sign_mantissa += kGroup;
+        exponents += kGroup;
+      }
+    }
+}
+
+// Codes below 4 into a 2-bit group.
+void pack2(Pair codes, u8* out) {
+  const __m256i low = _mm256_sllv_epi32(codes.low, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0));
+  const __m256i high = _mm256_sllv_epi32(codes.high, _mm256_set_epi32(6, 6, 6, 6, 4, 4, 4, 4));
+  const __m256i both = _mm256_or_si256(low, high);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_or_si128(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+}
+
+template <unsigned kBits>
+void pack(Pair codes, u8* out) {
+  if constexpr (kBits == 2) {
+    pack2(codes, out);
+  } else if constexpr (kBits == 3) {
+    const __m256i three = _mm256_set1_epi8(3);
+    pack2({_mm256_and_si256(codes.low, three), _mm256_and_si256(codes.high, three)}, out);
+    const u64 high = mask_of(_mm256_slli_epi16(codes.low, 5), _mm256_slli_epi16(codes.high, 5));
+    __builtin_memcpy(out + 16, &high, sizeof high);
+  } else {
+    store256(out, _mm256_or_si256(codes.low, _mm256_slli_epi16(codes.high, 4)));
+  }
+}
+
+// 0xFF for the first n < 64 bytes of a group, else 0.
+Pair first_bytes(std::size_t n) {
+  alignas(64) static constexpr struct {
+    u64 ones[8] = {~u64{0}, ~u64{0}, ~u64{0}, ~u64{0}, ~u64{0}, ~u64{0}, ~u64{0}, ~u64{0}};
+    u64 zeros[8] = {};
+  } kEdge;
+  const u8* from = reinterpret_cast<const u8*>(&kEdge) + kGroup - n;
+  return {load256(from), load256(from + 32)};
+}
+
+// Escape minus the code of each value: 0 where it has none. A few compares beat a 256-byte lookup.
+template <unsigned kBits>
+__m256i distance_to_escape(__m256i values, const u8* table) {
+  constexpr int kEscape = (1 << kBits) - 1;
+  __m256i distance = _mm256_setzero_si256();
+#pragma GCC unroll 16
+  for (int code = 0; code < kEscape; ++code) {
+    const __m256i entry = _mm256_set1_epi8(static_cast<char>(table[code]));
+    const __m256i step = _mm256_set1_epi8(static_cast<char>(kEscape - code));
+    distance = _mm256_or_si256(distance, _mm256_and_si256(_mm256_cmpeq_epi8(values, entry), step));
+  }
+  return distance;
+}
+
+// Moves the masked bytes of a group to `out`; returns their number.
+std::size_t compress(const u8* values, u64 mask, u8* out) {
+#pragma GCC unroll 8
+  for (unsigned k = 0; k < kGroup; k += 8) {
+    const __m128i moved =
+        _mm_shuffle_epi8(load64(values + k), load64(kShuffles.compress[(mask >> k) & 255]));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + bits_below(mask, k)), moved);
+  }
+  return static_cast<std::size_t>(_mm_popcnt_u64(mask));
+}
+
+template <unsigned kBits>
+std::size_t rank(const u8* values, std::size_t n, const u8* table, u8* codes, u8* escapes) {
+  const __m256i escape = _mm256_set1_epi8((1 << kBits) - 1), zero = _mm256_setzero_si256();
+  std::size_t escaped = 0;
+  for (std::size_t i = 0; i < n; i += kGroup, codes += kGroupBytes<kBits>) {
+    const Pair distance{distance_to_escape<kBits>(load256(values + i), table),
+                        distance_to_escape<kBits>(load256(values + i + 32), table)};
+    Pair coded{_mm256_sub_epi8(escape, distance.low), _mm256_sub_epi8(escape, distance.high)};
+    u64 is_escape =
+        mask_of(_mm256_cmpeq_epi8(distance.low, zero), _mm256_cmpeq_epi8(distance.high, zero));
+    if (n - i < kGroup) {
+      const Pair used = first_bytes(n - i);
+      coded = {_mm256_and_si256(coded.low, used.low), _mm256_and_si256(coded.high, used.high)};
+      is_escape = _bzhi_u64(is_escape, static_cast<unsigned>(n - i));
+    }
+    pack<kBits>(coded, codes);
+    if (kBits == 4 && __builtin_expect(is_escape == 0, 1)) continue;
+    escaped += compress(values + i, is_escape, escapes + escaped);
+  }
+  return escaped;
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels{
+    .unrank2 = unrank<2>,
+    .unrank3 = unrank<3>,
+    .merge2 = merge<2>,
+    .merge3 = merge<3>,
+    .merge4 = merge<4>,
+    .merge8 = merge8,
+    .split = split,
+    .histogram = histogram,
+    .rank2 = rank<2>,
+    .rank3 = rank<3>,
+    .rank4 = rank<4>,
+};
+
+}  // namespace zipmoe

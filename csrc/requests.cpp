@@ -65,7 +65,8 @@ Requests::Verdict Requests::judge(Request& request, std::int64_t outcome) {
   if (got == 0) return Verdict::failed;
   // A direct read can only go on from an aligned place.
   if (request.job().file->direct()) got -= got % kReadAlignment;
-  if (got == 0 && request.num_stalls++ >= kMaxStalls) return Verdict::failed;
+  request.num_stalls = got == 0 ? request.num_stalls + 1 : 0;
+  if (request.num_stalls > kMaxStalls) return Verdict::failed;
   request.at += got;
   request.length -= got;
   return Verdict::again;

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from zipmoe import _core
 
@@ -49,10 +50,16 @@ class Shards:
         return two + (slots - 2) * (self.record_bytes() + PAGE // 8)
 
     def open(self, *, slots: int = 4, reader: str = "", **options: object) -> _core.ExpertCache:
-        """A cache over them."""
-        return _core.ExpertCache(
-            self.paths, self.table, capacity_bytes=self.capacity(slots), reader=reader, **options
-        )
+        """A cache over them. Skips the test where this system has no io_uring."""
+        capacity = self.capacity(slots)
+        try:
+            return _core.ExpertCache(
+                self.paths, self.table, capacity_bytes=capacity, reader=reader, **options
+            )
+        except ValueError as error:
+            if "io_uring does not work here" in str(error):
+                pytest.skip(str(error))
+            raise
 
     def check(self, cache: _core.ExpertCache, layer: int, expert: int, matrix: int) -> None:
         """Decode one matrix and compare it with what was packed."""

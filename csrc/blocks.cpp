@@ -9,6 +9,9 @@ namespace {
 // A cache line of words: strips of so many rows use each line that they touch to its end.
 constexpr std::uint64_t kLineWords = 32;
 
+// From this size on a matrix is written past the caches.
+constexpr std::uint64_t kStreamBytes = std::uint64_t{1} << 20;
+
 // out[r * columns + c] = element (first_row + r, c), in squares that stay in the first cache.
 void transpose(const Source& source, std::uint64_t first_row, std::uint64_t rows,
                std::uint16_t* out) {
@@ -28,10 +31,25 @@ void transpose(const Source& source, std::uint64_t first_row, std::uint64_t rows
   }
 }
 
+bool is_line_aligned(const Target& target) {
+  const auto address = reinterpret_cast<std::uintptr_t>(target.data);
+  return address % 64 == 0 && target.row_stride % static_cast<std::ptrdiff_t>(kLineWords) == 0;
+}
+
 }  // namespace
 
-BlockWriter::BlockWriter(const Grid& grid, const Target& target)
-    : grid_(grid), target_(target), stream_(false), words_{} {}
+BlockWriter::BlockWriter(const Grid& grid, const Target& target, const Kernels& kernels)
+    : grid_(grid),
+      target_(target),
+      kernels_(kernels),
+      stream_(grid.rows() * grid.columns() * sizeof(std::uint16_t) >= kStreamBytes &&
+              is_line_aligned(target)),
+      words_{} {}
+
+// Also on the way out of a failure: whoever catches it may read what was written.
+BlockWriter::~BlockWriter() {
+  if (stream_) kernels_.fence();
+}
 
 std::uint16_t* BlockWriter::place(std::uint64_t group, std::uint64_t tile) const {
   return static_cast<std::uint16_t*>(target_.data) +

@@ -13,7 +13,10 @@ namespace zipmoe {
 // wholly inside, else a buffer of its own from which the real part is copied. One per thread.
 class BlockWriter {
  public:
-  BlockWriter(const Grid& grid, const Target& target);
+  BlockWriter(const Grid& grid, const Target& target, const Kernels& kernels);
+  ~BlockWriter();
+  BlockWriter(const BlockWriter&) = delete;
+  BlockWriter& operator=(const BlockWriter&) = delete;
 
   BlockTarget begin(std::uint64_t group, std::uint64_t tile);
   // To be called when the kernel has filled what `begin` gave.
@@ -25,6 +28,7 @@ class BlockWriter {
 
   const Grid& grid_;
   Target target_;
+  const Kernels& kernels_;
   bool stream_;
   alignas(64) std::array<std::uint16_t, kBlockWeights> words_;
 };

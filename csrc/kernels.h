@@ -43,6 +43,8 @@ struct Kernels {
   // Merge exponents stored as bytes.
   void (*merge8)(const std::uint8_t* sign_mantissa, const std::uint8_t* exponents,
                  const BlockTarget& target);
+  // Makes non-temporal stores of this thread visible before anything it does next.
+  void (*fence)();
 
   // Split a block into its planes, in the order of blocks and groups.
   void (*split)(const std::uint16_t* words, std::ptrdiff_t stride, std::uint32_t height,

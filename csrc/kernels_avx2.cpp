@@ -13,6 +13,9 @@ using u64 = std::uint64_t;
 
 constexpr std::size_t kGroup = 64;
 
+// The compiler's own threshold leaves the inner loop's parts as calls: half the speed.
+#define ZIPMOE_INLINE [[gnu::always_inline]] inline
+
 template <unsigned kBits>
 constexpr std::size_t kGroupBytes = kBits * kGroup / 8;
 
@@ -51,13 +54,13 @@ constexpr Shuffles make_shuffles() {
 
 constexpr Shuffles kShuffles = make_shuffles();
 
-unsigned bits_below(u64 mask, unsigned bit) {
+ZIPMOE_INLINE unsigned bits_below(u64 mask, unsigned bit) {
   return static_cast<unsigned>(_mm_popcnt_u64(_bzhi_u64(mask, bit)));
 }
 
 // 16 bytes from bit `kFirst` of the mask on: stream bytes where it is set, else 0.
 template <unsigned kFirst>
-__m128i expand16(u64 mask, const u8* stream) {
+ZIPMOE_INLINE __m128i expand16(u64 mask, const u8* stream) {
   const __m128i low = _mm_shuffle_epi8(load64(stream + bits_below(mask, kFirst)),
                                        load64(kShuffles.expand[(mask >> kFirst) & 255]));
   const __m128i high = _mm_shuffle_epi8(load64(stream + bits_below(mask, kFirst + 8)),
@@ -65,18 +68,18 @@ __m128i expand16(u64 mask, const u8* stream) {
   return _mm_unpacklo_epi64(low, high);
 }
 
-Pair expand(u64 mask, const u8* stream) {
+ZIPMOE_INLINE Pair expand(u64 mask, const u8* stream) {
   return {_mm256_set_m128i(expand16<16>(mask, stream), expand16<0>(mask, stream)),
           _mm256_set_m128i(expand16<48>(mask, stream), expand16<32>(mask, stream))};
 }
 
-u64 mask_of(__m256i low, __m256i high) {
+ZIPMOE_INLINE u64 mask_of(__m256i low, __m256i high) {
   return static_cast<u32>(_mm256_movemask_epi8(low)) |
          (static_cast<u64>(static_cast<u32>(_mm256_movemask_epi8(high))) << 32);
 }
 
 // 4 where the bit is set, else 0, for 32 bits.
-__m256i fours(u32 bits) {
+ZIPMOE_INLINE __m256i fours(u32 bits) {
   const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
                                            0x0101010101010101, 0x0000000000000000);
   const __m256i single = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ULL));
@@ -85,7 +88,7 @@ __m256i fours(u32 bits) {
   return _mm256_and_si256(is_set, _mm256_set1_epi8(4));
 }
 
-Pair codes2(const u8* group) {
+ZIPMOE_INLINE Pair codes2(const u8* group) {
   const __m256i bytes = _mm256_broadcastsi128_si256(load128(group));
   const __m256i three = _mm256_set1_epi8(3);
   const __m256i low = _mm256_srlv_epi32(bytes, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0));
@@ -94,7 +97,7 @@ Pair codes2(const u8* group) {
 }
 
 template <unsigned kBits>
-Pair codes_of(const u8* group) {
+ZIPMOE_INLINE Pair codes_of(const u8* group) {
   if constexpr (kBits == 2) return codes2(group);
   if constexpr (kBits == 3) {
     u64 high;
@@ -118,7 +121,7 @@ __m256i table_of(const u8* table) {
 
 // Exponents of one group; `next` moves over the escapes among the first `used` codes.
 template <unsigned kBits>
-Pair exponents_of(const u8* group, __m256i table, unsigned used, const u8*& next) {
+ZIPMOE_INLINE Pair exponents_of(const u8* group, __m256i table, unsigned used, const u8*& next) {
   const __m256i escape = _mm256_set1_epi8((1 << kBits) - 1);
   const Pair codes = codes_of<kBits>(group);
   Pair exponents{_mm256_shuffle_epi8(table, codes.low), _mm256_shuffle_epi8(table, codes.high)};
@@ -148,7 +151,7 @@ std::size_t unrank(const u8* codes, std::size_t n, const u8* table, const u8* es
 }
 
 template <bool kStream>
-void store_rotated(__m256i interleaved, u16* out) {
+ZIPMOE_INLINE void store_rotated(__m256i interleaved, u16* out) {
   const __m256i words =
       _mm256_or_si256(_mm256_srli_epi16(interleaved, 1), _mm256_slli_epi16(interleaved, 15));
   if constexpr (kStream)
@@ -159,7 +162,7 @@ void store_rotated(__m256i interleaved, u16* out) {
 
 // BF16 words of a group. Interleaved, a weight reads EEEEEEEE MMMMMMM S: one rotation is missing.
 template <bool kStream>
-void store_merged(const u8* sign_mantissa, Pair exponents, u16* out) {
+ZIPMOE_INLINE void store_merged(const u8* sign_mantissa, Pair exponents, u16* out) {
   const __m256i low = load256(sign_mantissa), high = load256(sign_mantissa + 32);
   store_rotated<kStream>(_mm256_unpacklo_epi8(low, exponents.low), out);
   store_rotated<kStream>(_mm256_unpacklo_epi8(high, exponents.high), out + 16);
@@ -169,7 +172,7 @@ void store_merged(const u8* sign_mantissa, Pair exponents, u16* out) {
 
 // Calls body(group's number, its place in the target) in the order of the format.
 template <class Body>
-void each_group(const BlockTarget& target, const Body& body) {
+ZIPMOE_INLINE void each_group(BlockTarget target, const Body& body) {
   std::size_t group = 0;
   u16* panel = target.out;
   for (u32 row = 0; row < target.height; row += 4, panel += 4 * target.stride)
@@ -180,10 +183,10 @@ void each_group(const BlockTarget& target, const Body& body) {
 }
 
 template <unsigned kBits, bool kStream>
-std::size_t merge_block(const CodedBlock& block, const BlockTarget& target) {
+std::size_t merge_block(CodedBlock block, const BlockTarget& target) {
   const __m256i entries = table_of<kBits>(block.table);
   const u8* next = block.escapes;
-  each_group(target, [&](std::size_t group, u16* out) {
+  each_group(target, [&](std::size_t group, u16* out) __attribute__((always_inline)) {
     const Pair exponents =
         exponents_of<kBits>(block.codes + group * kGroupBytes<kBits>, entries, kGroup, next);
     store_merged<kStream>(block.sign_mantissa + group * kGroup, exponents, out);
@@ -199,7 +202,7 @@ std::size_t merge(const CodedBlock& block, const BlockTarget& target) {
 
 template <bool kStream>
 void merge8_block(const u8* sign_mantissa, const u8* exponents, const BlockTarget& target) {
-  each_group(target, [&](std::size_t group, u16* out) {
+  each_group(target, [&](std::size_t group, u16* out) __attribute__((always_inline)) {
     const u8* from = exponents + group * kGroup;
     store_merged<kStream>(sign_mantissa + group * kGroup, {load256(from), load256(from + 32)}, out);
   });
@@ -212,13 +215,15 @@ void merge8(const u8* sign_mantissa, const u8* exponents, const BlockTarget& tar
     merge8_block<false>(sign_mantissa, exponents, target);
 }
 
-__m256i load_rotated(const u16* from) {
+void fence() { _mm_sfence(); }
+
+ZIPMOE_INLINE __m256i load_rotated(const u16* from) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return _mm256_or_si256(_mm256_slli_epi16(words, 1), _mm256_srli_epi16(words, 15));
 }
 
 // Both planes of 32 weights: words 0..15 and 32..47 of a group, or 16..31 and 48..63.
-void split_half(__m256i first, __m256i second, u8* sign_mantissa, u8* exponents) {
+ZIPMOE_INLINE void split_half(__m256i first, __m256i second, u8* sign_mantissa, u8* exponents) {
   const __m256i low_byte = _mm256_set1_epi16(0xFF);
   store256(sign_mantissa, _mm256_packus_epi16(_mm256_and_si256(first, low_byte),
                                               _mm256_and_si256(second, low_byte)));
@@ -242,7 +247,7 @@ void split(const u16* words, std::ptrdiff_t stride, u32 height, u32 width, u8* s
 }
 
 // Codes below 4 into a 2-bit group.
-void pack2(Pair codes, u8* out) {
+ZIPMOE_INLINE void pack2(Pair codes, u8* out) {
   const __m256i low = _mm256_sllv_epi32(codes.low, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0));
   const __m256i high = _mm256_sllv_epi32(codes.high, _mm256_set_epi32(6, 6, 6, 6, 4, 4, 4, 4));
   const __m256i both = _mm256_or_si256(low, high);
@@ -251,7 +256,7 @@ void pack2(Pair codes, u8* out) {
 }
 
 template <unsigned kBits>
-void pack(Pair codes, u8* out) {
+ZIPMOE_INLINE void pack(Pair codes, u8* out) {
   if constexpr (kBits == 2) {
     pack2(codes, out);
   } else if constexpr (kBits == 3) {
@@ -276,7 +281,7 @@ Pair first_bytes(std::size_t n) {
 
 // Escape minus the code of each value: 0 where it has none. A few compares beat a 256-byte lookup.
 template <unsigned kBits>
-__m256i distance_to_escape(__m256i values, const u8* table) {
+ZIPMOE_INLINE __m256i distance_to_escape(__m256i values, const u8* table) {
   constexpr int kEscape = (1 << kBits) - 1;
   __m256i distance = _mm256_setzero_si256();
 #pragma GCC unroll 16
@@ -289,7 +294,7 @@ __m256i distance_to_escape(__m256i values, const u8* table) {
 }
 
 // Moves the masked bytes of a group to `out`; returns their number.
-std::size_t compress(const u8* values, u64 mask, u8* out) {
+ZIPMOE_INLINE std::size_t compress(const u8* values, u64 mask, u8* out) {
 #pragma GCC unroll 8
   for (unsigned k = 0; k < kGroup; k += 8) {
     const __m128i moved =
@@ -330,6 +335,7 @@ const Kernels kAvx2Kernels{
     .merge3 = merge<3>,
     .merge4 = merge<4>,
     .merge8 = merge8,
+    .fence = fence,
     .split = split,
     .histogram = histogram,
     .rank2 = rank<2>,

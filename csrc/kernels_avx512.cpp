@@ -175,6 +175,8 @@ void merge8(const u8* sign_mantissa, const u8* exponents, const BlockTarget& tar
     merge8_block<false>(sign_mantissa, exponents, target);
 }
 
+void fence() { _mm_sfence(); }
+
 void split(const u16* words, std::ptrdiff_t stride, std::uint32_t height, std::uint32_t width,
            u8* sign_mantissa, u8* exponents) {
   const __m512i low_byte = _mm512_set1_epi16(0xFF);
@@ -267,6 +269,7 @@ const Kernels kAvx512Kernels{
     .merge3 = merge<3>,
     .merge4 = merge<4>,
     .merge8 = merge8,
+    .fence = fence,
     .split = split,
     .histogram = histogram,
     .rank2 = rank<2>,

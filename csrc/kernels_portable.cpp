@@ -97,6 +97,8 @@ void merge8(const u8* sign_mantissa, const u8* exponents, const BlockTarget& tar
   });
 }
 
+void fence() {}
+
 void split(const u16* words, std::ptrdiff_t stride, std::uint32_t height, std::uint32_t width,
            u8* sign_mantissa, u8* exponents) {
   for (std::uint32_t panel = 0; panel < height; panel += 4)
@@ -153,6 +155,7 @@ const Kernels kPortableKernels{
     .merge3 = merge<3>,
     .merge4 = merge<4>,
     .merge8 = merge8,
+    .fence = fence,
     .split = split,
     .histogram = histogram,
     .rank2 = rank<2>,

@@ -133,7 +133,7 @@ void decode_rank(Codec codec, const Grid& grid, const Extents& extents, const Ta
   const RankExtent extent(extents.exponent, codec, grid);
   parallel_ranges(
       grid.row_groups(), threads, [&](std::uint64_t, std::uint64_t begin, std::uint64_t end) {
-        BlockWriter writer(grid, target);
+        BlockWriter writer(grid, target, kernels);
         BlockDecoder decode_block(codec, extent, kernels);
         for (std::uint64_t group = begin; group < end; ++group)
           for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {

@@ -92,7 +92,7 @@ void decode_shards(Codec codec, const Grid& grid, const Extents& extents, const 
       });
   parallel_ranges(grid.row_groups(), threads,
                   [&](std::uint64_t, std::uint64_t begin, std::uint64_t end) {
-                    BlockWriter writer(grid, target);
+                    BlockWriter writer(grid, target, kernels);
                     for (std::uint64_t group = begin; group < end; ++group)
                       for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
                         const std::uint64_t first = grid.first_weight(group, tile);

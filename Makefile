@@ -1,0 +1,64 @@
+# Every target does its own set-up; a second run is quick. Variables: PYTHON (python3), VENV (.venv).
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON VENV
+STAMPS := $(VENV)/.stamps
+RUN := $(VENV)/bin/python
+CORE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h .deps/complete)
+
+.PHONY: help setup build demo test check format bench soak docs clean
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+demo: $(STAMPS)/build ## build a small MoE model, pack it, and chat with it in less memory than it has bytes
+	$(RUN) -m zipmoe demo
+
+test: $(STAMPS)/build ## run the tests
+	$(RUN) -m pytest
+
+check: $(STAMPS)/build ## run linters, type checks, format checks, house rules; generated docs are current
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(RUN) tools/house.py
+	$(RUN) tools/generate_docs.py --check
+
+format: $(STAMPS)/build ## format all code
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/results
+	$(RUN) benchmarks/codec.py
+
+soak: $(STAMPS)/build ## run the full volumes of the acceptance points (hours); report in benchmarks/results
+	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report benchmarks/results/soak.json
+
+docs: $(STAMPS)/build ## write the generated documents again
+	$(RUN) tools/generate_docs.py
+
+setup: $(STAMPS)/packages ## system packages, virtual environment, Python packages
+build: $(STAMPS)/build ## compile the native core
+
+$(STAMPS)/venv: tools/setup.sh
+	tools/setup.sh system
+	tools/setup.sh venv
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/packages: $(STAMPS)/venv pyproject.toml tools/fetch_deps.py
+	tools/setup.sh packages
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/packages $(CORE)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install -q --disable-pip-version-check \
+		--no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/packages
+	tools/setup.sh bench
+	@touch $@
+
+clean: ## remove what was built; the virtual environment and cached models stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMPS)/build

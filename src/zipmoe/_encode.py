@@ -1,0 +1,114 @@
+"""One planned record → its coded matrices: reads the sources, follows the recipe, encodes.
+
+Runs in worker threads; shares nothing but open files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zipmoe import _core
+from zipmoe._errors import CheckpointError
+from zipmoe._index import NOBODY
+from zipmoe._plan import PackPlan
+from zipmoe._safetensors import DTYPES
+from zipmoe._shard import CodedMatrix, MatrixPlan, RecordPlan
+from zipmoe.recipe import SliceKey, build
+
+__all__ = ["Encoder"]
+
+
+class Encoder:
+    """Encodes the records of a plan. Owns the checkpoint's open files; close it."""
+
+    def __init__(self, plan: PackPlan) -> None:
+        self._plan = plan
+        self._fds: list[int] = []
+        try:
+            for shard in plan.checkpoint.shards:
+                self._fds.append(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
+        except BaseException:
+            self.close()
+            raise
+
+    def encode(self, record: RecordPlan, threads: int) -> list[CodedMatrix]:
+        """Read and encode a record; the bytes do not depend on `threads`."""
+        if record.layer == NOBODY:
+            place = self._plan.checkpoint.tensors[record.name].place
+            (plan,) = record.matrices
+            matrices = [self._read((record.name, None)).reshape(plan.rows, plan.columns)]
+            # A vector has no rows to share tables, and takes part in no product.
+            codec = "raw" if len(place.shape) < 2 else self._plan.codecs["dense"]
+        else:
+            matrices = self._expert_matrices(record)
+            codec = self._plan.codecs["experts"]
+        return [
+            self._code(codec, plan, matrix, threads)
+            for plan, matrix in zip(record.matrices, matrices, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close the checkpoint's files. Idempotent."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _expert_matrices(self, record: RecordPlan) -> list[NDArray[Any]]:
+        layer = self._plan.model.layers[record.layer]
+        sources: dict[SliceKey, NDArray[Any]] = {}
+
+        def fetch(key: SliceKey) -> NDArray[Any]:
+            if key not in sources:  # gate and up may share a source
+                sources[key] = self._read(key)
+            return sources[key]
+
+        return [
+            build(matrix, recipe, record.expert, fetch)
+            for matrix, recipe in zip(layer.matrices, layer.recipes, strict=True)
+        ]
+
+    def _read(self, key: SliceKey) -> NDArray[Any]:
+        """Read a tensor, or one expert's slice of a fused one."""
+        name, number = key
+        source = self._plan.checkpoint.tensors[name]
+        place = source.place
+        shape, start, stop = place.shape, place.start, place.stop
+        if number is not None:
+            step = place.num_bytes // shape[0] if shape[0] else 0
+            shape, start = shape[1:], start + number * step
+            stop = start + step
+        out = np.empty(shape, DTYPES[place.dtype][1])
+        flat = out.reshape(-1).view(np.uint8)
+        done = 0
+        while done < flat.size:
+            got = os.preadv(self._fds[source.shard], [flat[done:].data], start + done)
+            if got == 0:
+                path = self._plan.checkpoint.shards[source.shard].path
+                raise CheckpointError(f"{path} became shorter while it was packed")
+            done += got
+        if start + done != stop:
+            raise AssertionError(f"{name}: place and shape disagree")
+        return out
+
+    @staticmethod
+    def _code(codec: str, plan: MatrixPlan, matrix: NDArray[Any], threads: int) -> CodedMatrix:
+        if plan.dtype == "BF16" and codec != "raw":
+            coded = _core.encode(codec, matrix, threads=threads)
+            return CodedMatrix.of(coded.codec, (coded.row_group, coded.k_tile), coded.extents)
+        plain = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8)
+        return CodedMatrix.of("raw", (0, 0), (plain, np.empty(0, np.uint8)))
+
+
+def raw_reason(plan: MatrixPlan, codec: str, shape: Sequence[int]) -> str:
+    """Say why a matrix was stored raw."""
+    if plan.dtype != "BF16":
+        return f"dtype {plan.dtype}"
+    if codec == "raw":
+        return "codec raw was chosen"
+    if len(shape) < 2:
+        return "a vector"
+    return "does not shrink"

@@ -4,6 +4,7 @@
 #   tools/setup.sh venv      the virtual environment $VENV
 #   tools/setup.sh packages  torch's CPU build and everything else that pyproject.toml asks for
 #   tools/setup.sh bench     the packages that benchmarks compare with
+# FETCH_DEPS=1 takes zstd, lz4 and xxhash from source archives even where the system has them.
 set -eu
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -17,8 +18,9 @@ stop() {
   exit 1
 }
 
-have_headers() { pkg-config --exists libzstd liblz4 libxxhash 2>/dev/null; }
-have_uring() { [ -e /usr/include/liburing.h ]; }
+can_include() { printf '#include <%s>\n' "$@" | ${CXX:-c++} -xc++ -E - >/dev/null 2>&1; }
+have_headers() { [ -z "${FETCH_DEPS:-}" ] && can_include zstd.h lz4hc.h xxhash.h; }
+have_uring() { can_include liburing.h; }
 have_python_headers() {
   "$PYTHON" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
@@ -27,11 +29,11 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 system() {
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     stop "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 ..."
-  command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
-    [ -n "${CXX:-}" ] || stop "no C++ compiler: install g++ (12 or newer) or clang (15 or newer)"
+  command -v "${CXX:-c++}" >/dev/null ||
+    stop "no C++ compiler: install g++ 12 or newer, or name another one by CXX"
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     packages=""
-    have_headers || packages="pkg-config libzstd-dev liblz4-dev libxxhash-dev"
+    have_headers || packages="libzstd-dev liblz4-dev libxxhash-dev"
     have_uring || packages="$packages liburing-dev"
     have_python_headers || packages="$packages python3-dev"
     if [ -n "$packages" ]; then

@@ -1,0 +1,5 @@
+"""`python -m zipmoe` is the command `zipmoe`."""
+
+from .cli import main
+
+main()

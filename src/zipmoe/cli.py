@@ -1,0 +1,371 @@
+"""The command `zipmoe`: words typed by a person -> calls of the library -> words and exit codes.
+
+The only place that prints. It imports what a command needs when that command runs, so that --help
+answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from . import __version__
+from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
+
+app = typer.Typer(
+    name="zipmoe",
+    help=(
+        "Run Mixture-of-Experts language models that do not fit in memory, bit for bit as "
+        "published.\n\n\b\n"
+        "First steps:\n"
+        "  zipmoe demo                                  see it work, no download of weights\n"
+        "  zipmoe pack Qwen/Qwen1.5-MoE-A2.7B my-store  compress a checkpoint, losslessly\n"
+        "  zipmoe chat my-store --memory 6GB            talk to it inside that much memory\n"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Codec = Literal["rank223", "rank3", "rank4", "zstd", "lz4hc", "raw"]
+Store = Annotated[Path, typer.Argument(help="Folder that `zipmoe pack` made.", metavar="STORE")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+]
+
+
+def _memory(text: str) -> int:
+    from .budget import parse_memory
+
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        parser=_memory,
+        metavar="SIZE",
+        help="Memory that the whole process may take, as 2GB, 1.5GiB or 800MB. Default: what the "
+        "cgroup or the machine has available less a reserve of a tenth, at least 256 MB.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="TOKENS",
+        help="Most tokens of prompt and answers together; their KV cache is counted in the memory. "
+        "Default: 4096, or the model's maximum if that is less.",
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of one answer.")]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        min=0, metavar="T", help="0 takes the likeliest token each time; more is more varied."
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(metavar="S", help="Seed of the draws when the temperature is above 0.")
+]
+Compute = Annotated[
+    Literal["torch"],
+    typer.Option(
+        metavar="NAME",
+        help="torch: decoded weights through torch's own operators, exactly as stock.",
+    ),
+]
+
+
+def _show_version(*, asked: bool) -> None:
+    if asked:
+        Terminal(as_json=False).write(f"zipmoe {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+@app.command()
+def pack(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint, or its id on the hub."
+        ),
+    ],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder to make.")],
+    *,
+    codec: Annotated[
+        Codec,
+        typer.Option(
+            metavar="NAME",
+            help="How exponents are stored: rank223, rank3, rank4, zstd, lz4hc or raw. "
+            "All are lossless; raw does not compress.",
+        ),
+    ] = "rank223",
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Threads that encode. Default: all cores."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a checkpoint into a store, losslessly.
+
+    The store takes about two thirds of the checkpoint's bytes and keeps every bit. Packing streams,
+    so it needs little memory whatever the size of the model. If it is stopped, even by a power cut,
+    run the same command again: it goes on where it was.
+
+    \b
+    Examples:
+      zipmoe pack Qwen/Qwen1.5-MoE-A2.7B my-store
+      zipmoe pack ./mixtral-8x7b my-store --codec rank3 --json
+    """
+    from .pack import pack_checkpoint
+
+    terminal = Terminal(as_json=as_json)
+    with reporting(terminal, mismatch=USER_ERROR):
+        with terminal.progress("Packing") as progress:
+            report = pack_checkpoint(checkpoint, store, codec=codec, jobs=jobs, progress=progress)
+        content = asdict(report)
+        terminal.document(content)
+        terminal.write(_packed(store, content) + "\n")
+
+
+def _packed(store: Path, report: dict[str, Any]) -> str:
+    from .budget import format_bytes
+
+    return (
+        f"{store}: {format_bytes(report['store_bytes'])}, {report['ratio']:.3f} of the "
+        f"checkpoint's {format_bytes(report['source_bytes'])} "
+        f"({report['bits_per_weight']:.2f} bits per expert weight)"
+    )
+
+
+@app.command()
+def unpack(
+    store: Store,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Restore the original checkpoint, byte for byte, and prove it.
+
+    Every tensor and file is compared with the SHA-256 of the original, so a weight file can be
+    checked against the one its hub page shows.
+
+    \b
+    Example:
+      zipmoe unpack my-store original
+    """
+    from .unpack import unpack_store
+
+    terminal = Terminal(as_json=as_json)
+    with reporting(terminal):
+        with terminal.progress("Unpacking") as progress:
+            report = unpack_store(store, folder, progress=progress)
+        terminal.document(asdict(report))
+        terminal.write(f"{folder}: restored, every SHA-256 is that of the original\n")
+
+
+@app.command()
+def verify(store: Store, *, as_json: Json = False) -> None:
+    """Read every byte of a store and check every checksum.
+
+    Names each bad record: file, tensor, layer, expert, plane and offset. Leaves with 3 if anything
+    is wrong.
+
+    \b
+    Example:
+      zipmoe verify my-store && echo sound
+    """
+    from .verify import verify_store
+
+    terminal = Terminal(as_json=as_json)
+    with reporting(terminal):
+        with terminal.progress("Verifying") as progress:
+            report = verify_store(store, progress=progress)
+        terminal.document(asdict(report) | {"errors": [str(error) for error in report.errors]})
+        for error in report.errors:
+            terminal.say(f"zipmoe: {error}")
+        if report.errors:
+            raise typer.Exit(CORRUPT_STORE)
+        terminal.write(f"{store}: sound\n")
+
+
+@app.command()
+def inspect(store: Store, *, as_json: Json = False) -> None:
+    """Say what is in a store.
+
+    That is: model, sizes, ratio per kind of tensor, codecs, and which tensors are raw and why.
+
+    \b
+    Example:
+      zipmoe inspect my-store
+    """
+    from .inspect import inspect_store
+
+    terminal = Terminal(as_json=as_json)
+    with reporting(terminal):
+        summary = inspect_store(store)
+        terminal.document(asdict(summary))
+        terminal.write(f"{summary}\n")
+
+
+@app.command()
+def generate(
+    store: Store,
+    *,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="What to answer; - reads it from stdin.")
+    ],
+    memory: Memory = None,
+    context: Context = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    compute: Compute = "torch",
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Continue the prompt as it stands, without a chat template."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt with a packed model, inside a memory budget.
+
+    The text goes to stdout as it is written; how the memory is shared out, what was promised and
+    what was taken go to stderr.
+
+    \b
+    Examples:
+      zipmoe generate my-store --prompt "What is the capital of France?" --memory 2GB
+      zipmoe generate my-store --prompt - --max-tokens 500 --json < question.txt
+    """
+    from ._session import answer, loaded_model, measured
+
+    terminal = Terminal(as_json=as_json)
+    with reporting(terminal):
+        text = sys.stdin.read() if prompt == "-" else prompt
+        options = {"memory": memory, "context": context, "compute": compute}
+        with loaded_model(terminal, store, **options) as loaded:
+            result = answer(
+                terminal,
+                loaded,
+                text if plain else [{"role": "user", "content": text}],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
+            terminal.document(result.as_dict())
+            terminal.say(measured(result))
+
+
+@app.command()
+def chat(
+    store: Store,
+    *,
+    memory: Memory = None,
+    context: Context = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    compute: Compute = "torch",
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Instruction that stands before the conversation."),
+    ] = None,
+) -> None:
+    """Talk with a packed model, inside a memory budget.
+
+    Ctrl-C stops an answer and not the program. /exit or Ctrl-D leaves, /new begins again.
+
+    \b
+    Example:
+      zipmoe chat my-store --memory 6GB
+    """
+    from ._chat import Chat
+    from ._session import loaded_model
+
+    terminal = Terminal(as_json=False)
+    options = {"memory": memory, "context": context, "compute": compute}
+    answers = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    with reporting(terminal), loaded_model(terminal, store, **options) as loaded:
+        Chat(terminal, loaded, system=system, **answers).run()
+
+
+@app.command()
+def demo(
+    *,
+    memory: Annotated[
+        int, typer.Option(parser=_memory, metavar="SIZE", help="Memory for the chat.")
+    ] = 1_500_000_000,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where the model is kept. Default: zipmoe/demo in the user's cache."
+        ),
+    ] = None,
+    questions: Annotated[
+        bool,
+        typer.Option("--questions", help="Answer three questions and end, as without a terminal."),
+    ] = False,
+    build_only: Annotated[
+        bool, typer.Option("--build-only", help="Make the checkpoint, and neither pack nor chat.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a small model, pack it, and chat with it.
+
+    The model is SmolLM2-135M-Instruct upcycled to 16 experts per layer: 1.3 billion parameters,
+    2.7 GB, made on this machine in about a minute, the same bytes everywhere, and kept for the next
+    time. The chat runs in less memory than that. All of it takes 4.5 GB of disk. The model is small
+    and often wrong; it shows that zipmoe works.
+    """
+    from . import _demo_session
+    from .demo import cache_folder
+
+    terminal = Terminal(as_json=as_json)
+    with reporting(terminal):
+        session = _demo_session.DemoSession(terminal, folder or cache_folder())
+        if build_only:
+            terminal.document(session.build())
+            return
+        document = session.prepare()
+        from ._session import loaded_model
+
+        with loaded_model(terminal, document["store"]["folder"], memory=memory) as loaded:
+            if questions or as_json or not sys.stdin.isatty():
+                document["answers"] = session.answer_questions(loaded)
+                terminal.document(document)
+            else:
+                from ._chat import Chat
+
+                Chat(terminal, loaded, max_tokens=256, temperature=0.0, seed=0).run()
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    # Before torch is imported: threads that wait by spinning take the cores from those that decode.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()

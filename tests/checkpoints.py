@@ -6,8 +6,14 @@ are those of the family's published checkpoints.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TINY = {
     "vocab_size": 128,
@@ -56,9 +62,6 @@ def build(
     **overrides: Any,
 ) -> Path:
     """Write a tiny random checkpoint of a family; returns the folder."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(family, **TINY, **FAMILIES[family], **overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -73,8 +76,6 @@ def build(
 
 def tensors_of(folder: Path) -> dict[str, Any]:
     """All tensors of a checkpoint folder, as torch tensors."""
-    from safetensors.torch import load_file
-
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found.update(load_file(path))

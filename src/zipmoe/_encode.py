@@ -6,19 +6,21 @@ Runs in worker threads; shares nothing but open files.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zipmoe import _core
 from zipmoe._errors import CheckpointError
 from zipmoe._index import NOBODY
-from zipmoe._plan import PackPlan
 from zipmoe._safetensors import DTYPES
 from zipmoe._shard import CodedMatrix, MatrixPlan, RecordPlan
 from zipmoe.recipe import SliceKey, build
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from zipmoe._plan import PackPlan
 
 __all__ = ["Encoder"]
 
@@ -101,14 +103,3 @@ class Encoder:
             return CodedMatrix.of(coded.codec, (coded.row_group, coded.k_tile), coded.extents)
         plain = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8)
         return CodedMatrix.of("raw", (0, 0), (plain, np.empty(0, np.uint8)))
-
-
-def raw_reason(plan: MatrixPlan, codec: str, shape: Sequence[int]) -> str:
-    """Say why a matrix was stored raw."""
-    if plan.dtype != "BF16":
-        return f"dtype {plan.dtype}"
-    if codec == "raw":
-        return "codec raw was chosen"
-    if len(shape) < 2:
-        return "a vector"
-    return "does not shrink"

@@ -9,11 +9,15 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from zipmoe._errors import CheckpointError
 from zipmoe._journal import FileHashes
-from zipmoe.checkpoint import Shard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from zipmoe.checkpoint import Shard
 
 __all__ = ["HashThread", "hash_shard"]
 

@@ -5,15 +5,18 @@ Pure: no file. `check` proves that entries describe exactly the records of their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from zipmoe._errors import CorruptError, FormatError
 from zipmoe._safetensors import DTYPES, TensorPlace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 __all__ = ["CODECS", "ENTRY", "INDEX_NAME", "NOBODY", "ceil_to", "check", "dump", "parse"]
 
@@ -140,8 +143,8 @@ def _check_fields(entries: NDArray[Any], verdict: _Verdict, file: str) -> None:
     verdict.need(raw | (entries["dtype"] == 1), "only BF16 can be coded")
     verdict.need(entries["role"] < len(ROLES), "the role is unknown")
     dense = entries["layer"] == NOBODY
-    verdict.need(dense == (entries["expert"] == NOBODY), "it is neither expert nor dense")
-    verdict.need(dense == (entries["role"] == ROLES.index("dense")), "the role is wrong")
+    verdict.need(~(dense ^ (entries["expert"] == NOBODY)), "it is neither expert nor dense")
+    verdict.need(~(dense ^ (entries["role"] == ROLES.index("dense"))), "the role is wrong")
     limit = dense | ((entries["layer"] < MAX_EXPERTS) & (entries["expert"] < MAX_EXPERTS))
     verdict.need(limit, "the layer or expert number is over the limit")
     small = (entries["rows"] < 1 << 31) & (entries["columns"] < 1 << 31)
@@ -197,7 +200,7 @@ class _Verdict:
     def __init__(self, entries: NDArray[Any], names: list[str], file: str) -> None:
         self._entries, self._names, self._file = entries, names, file
 
-    def need(self, rule: NDArray[np.bool_], broken: str) -> None:
+    def need(self, rule: Any, broken: str) -> None:
         if rule.all():
             return
         entry = self._entries[int(np.argmin(rule))]

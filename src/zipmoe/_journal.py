@@ -11,17 +11,20 @@ import fcntl
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from zipmoe._errors import MismatchError, StoreError
 from zipmoe._index import ENTRY
 from zipmoe.store import JOURNAL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from numpy.typing import NDArray
 
 __all__ = ["FileHashes", "Journal"]
 
@@ -88,7 +91,7 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -152,7 +152,7 @@ def _read(content: dict[str, Any]) -> Manifest:
     for entry in content["files"]:
         _checksum(entry["sha256"], 64)
         files.append(FileInfo(_name(entry["name"]), _count(entry["bytes"]), entry["sha256"]))
-    names = [item.name for item in (*shards, *files)]
+    names = [shard.name for shard in shards] + [file.name for file in files]
     if len(set(names)) != len(names):
         raise ValueError("a file is listed twice")
     return Manifest(

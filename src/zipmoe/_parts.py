@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from zipmoe._errors import CheckpointError, UnsupportedModelError
-from zipmoe._symbolic import Piece, Symbolic
 from zipmoe.recipe import Part, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zipmoe._symbolic import Piece, Symbolic
 
 __all__ = ["derive_recipes"]
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from zipmoe import __version__
+from zipmoe._errors import CheckpointError
 from zipmoe._index import CODECS
 from zipmoe._manifest import FORMAT_VERSION
 from zipmoe._shard import MatrixPlan, RecordPlan, ShardPlan, as_matrix, plan_shards
-from zipmoe.checkpoint import Checkpoint
-from zipmoe.conversion import ExpertLayer, ModelPlan
-from zipmoe.recipe import SliceKey
+
+if TYPE_CHECKING:
+    from zipmoe.checkpoint import Checkpoint
+    from zipmoe.conversion import ExpertLayer, ModelPlan
+    from zipmoe.recipe import SliceKey
 
 __all__ = ["PackPlan", "make_plan"]
 
@@ -43,13 +45,15 @@ class PackPlan:
         return sum(shard.most_bytes for shard in self.shards) + small + described + (1 << 20)
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a pack to be continued."""
+        """Collect what must be equal for a pack to be continued."""
         files = []
         for shard in self.checkpoint.shards:
             header = xxhash.xxh3_64_hexdigest(shard.header.text)
             files.append([shard.name, shard.num_bytes, shard.path.stat().st_mtime_ns, header])
-        for file in self.checkpoint.small_files:
-            files.append([file.name, file.num_bytes, file.path.stat().st_mtime_ns, ""])
+        files += [
+            [file.name, file.num_bytes, file.path.stat().st_mtime_ns, ""]
+            for file in self.checkpoint.small_files
+        ]
         return {
             "format": FORMAT_VERSION,
             "codecs": self.codecs,
@@ -58,7 +62,6 @@ class PackPlan:
                 "zipmoe": __version__,
                 "torch": version("torch"),
                 "transformers": version("transformers"),
-                "machine": platform.machine(),
             },
         }
 
@@ -93,7 +96,9 @@ def _expert_record(
     matrices = []
     for matrix, recipe in zip(layer.matrices, layer.recipes, strict=True):
         keys = {part.key(expert)[0] for part in recipe.parts}
-        (dtype,) = {checkpoint.tensors[key].place.dtype for key in keys}
+        dtype, *others = {checkpoint.tensors[key].place.dtype for key in keys}
+        if others:
+            raise CheckpointError(f"{', '.join(sorted(keys))} have different dtypes")
         matrices.append(MatrixPlan(matrix.role, dtype, matrix.rows, matrix.columns))
     return RecordPlan(f"{layer.module}.{expert}", tuple(matrices), number, expert)
 

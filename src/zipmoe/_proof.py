@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from zipmoe._errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from zipmoe._symbolic import Piece, Symbolic
     from zipmoe.checkpoint import Checkpoint
     from zipmoe.conversion import Group
@@ -79,13 +80,13 @@ def _first_expert(value: Symbolic) -> list[Piece]:
 def _numbered_sources(
     group: Group, made: dict[str, Symbolic], checkpoint: Checkpoint
 ) -> dict[str, NDArray[np.uint16]]:
-    """Sources that the first experts need; of a fused tensor, its first slice [1, ...]."""
+    """Give numbered sources of the first experts; of a fused tensor, a slice [1, ...]."""
     fused = {
         piece.tensor: piece.axes[0] is not None
         for value in made.values()
         for piece in _first_expert(value)
     }
-    sources = {}
+    sources: dict[str, NDArray[np.uint16]] = {}
     for keys in group.keys.values():
         for key in keys:
             if key in fused:

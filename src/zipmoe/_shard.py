@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from zipmoe import _index
-from zipmoe._errors import CorruptError
+from zipmoe._errors import CorruptError, FetchError
 from zipmoe._index import ENTRY, INDEX_NAME, PAGE, ceil_to
 from zipmoe._manifest import FORMAT_VERSION, ShardInfo
 from zipmoe._safetensors import (
@@ -28,6 +26,12 @@ from zipmoe._safetensors import (
     read_exactly,
     read_header_text,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
 __all__ = [
     "CodedMatrix",
@@ -171,7 +175,7 @@ class CodedMatrix:
 def _padded_sum(extent: NDArray[np.uint8]) -> int:
     if not extent.size:
         return 0
-    state = xxhash.xxh3_64(extent)
+    state = xxhash.xxh3_64(extent.data)
     state.update(_padding(extent.size))
     return state.intdigest()
 
@@ -183,12 +187,11 @@ def _padding(length: int) -> bytes:
 class ShardWriter:
     """Writes one shard from front to back. Header and index come last, so order is all it needs."""
 
-    def __init__(self, folder: str, plan: ShardPlan, done: Sequence[NDArray[Any]] = ()) -> None:
+    def __init__(self, folder: Path, plan: ShardPlan, done: Sequence[NDArray[Any]] = ()) -> None:
         """`done`: entries of the leading records that the file already holds."""
         self.plan = plan
         self._entries = list(done)
-        self._path = os.path.join(folder, plan.name)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(folder / plan.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._end = self._end_of(done[-1]) if done else plan.data_start
         os.ftruncate(self._fd, self._end)
 
@@ -278,17 +281,21 @@ class OpenShard:
     data_start: int
 
 
-def open_shard(folder: str, info: ShardInfo) -> OpenShard:
+def open_shard(folder: Path, info: ShardInfo) -> OpenShard:
     """Open a shard and check its header and index against their checksums and each other."""
-    path = os.path.join(folder, info.name)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    path = str(folder / info.name)
+    fd = -1
     try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         return _open(fd, path, info)
-    except HeaderError as error:
-        os.close(fd)
-        raise CorruptError(str(error), file=info.name) from error
-    except BaseException:
-        os.close(fd)
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(error, HeaderError):
+            raise CorruptError(str(error), file=info.name) from error
+        if isinstance(error, OSError):
+            reason = f"cannot read {path}: {error.strerror}"
+            raise FetchError(reason, path=path, errno=error.errno or 0) from error
         raise
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zipmoe._errors import CorruptError
 from zipmoe._manifest import is_plain_name
 from zipmoe._safetensors import Header, HeaderError, TensorPlace, parse_header, unique_keys
-from zipmoe.recipe import Part, Recipe
+from zipmoe.recipe import Part, Recipe, check_coverage
 
-__all__ = ["SOURCE", "Source", "SourceFile"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zipmoe._manifest import Layer
+
+__all__ = ["SOURCE", "Source", "SourceFile", "prove_recipes"]
 
 SOURCE = "source.json"
 
@@ -94,6 +99,33 @@ class Source:
         if found.keys() != self.tensors.keys():
             raise CorruptError("headers and checksums name different tensors", file=SOURCE)
         return found
+
+
+def prove_recipes(source: Source, layers: Sequence[Layer]) -> set[str]:
+    """Check that the recipes lead back exactly; gives the keys of the experts' tensors.
+
+    Raises CorruptError where they do not fit the manifest's layers or the headers.
+    """
+    expected = [(at, m) for at, layer in enumerate(layers) for m in range(len(layer.matrices))]
+    if [(recipe.layer, recipe.matrix) for recipe in source.recipes] != expected:
+        raise CorruptError("there is not one recipe for each matrix", file=SOURCE)
+    of_layers = [[r for r in source.recipes if r.layer == at] for at in range(len(layers))]
+    shapes = {key: place.shape for key, (_, place) in source.places().items()}
+    described = [
+        (layer.experts, layer.matrices, recipes)
+        for layer, recipes in zip(layers, of_layers, strict=True)
+    ]
+    try:
+        check_coverage(described, shapes)
+    except ValueError as error:
+        raise CorruptError(f"the recipes are wrong: {error}", file=SOURCE) from error
+    return {
+        part.key(expert)[0]
+        for layer, recipes in zip(layers, of_layers, strict=True)
+        for recipe in recipes
+        for part in recipe.parts
+        for expert in range(layer.experts)
+    }
 
 
 def _file(entry: dict[str, Any]) -> SourceFile:

@@ -9,13 +9,15 @@ and the operations below are arithmetic on ranges. They mirror transformers' own
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import core_model_loading as ops
 
 from zipmoe._errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Context", "Piece", "Symbolic", "convert", "whole"]
 
@@ -83,15 +85,16 @@ def stack(tensors: list[Symbolic], dim: int) -> Symbolic:
     _same_shape(tensors)
     pieces = []
     for number, tensor in enumerate(tensors):
-        for piece in tensor.pieces:
-            pieces.append(
-                Piece(
-                    piece.tensor,
-                    _insert(piece.at, dim, range(number, number + 1)),
-                    _insert(piece.axes, dim, None),
-                    _insert(piece.taken, dim, range(1)),
-                )
+        at = range(number, number + 1)
+        pieces += [
+            Piece(
+                piece.tensor,
+                _insert(piece.at, dim, at),
+                _insert(piece.axes, dim, None),
+                _insert(piece.taken, dim, range(1)),
             )
+            for piece in tensor.pieces
+        ]
     return Symbolic(_insert(tensors[0].shape, dim, len(tensors)), tuple(pieces))
 
 

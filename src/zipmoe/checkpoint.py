@@ -15,7 +15,7 @@ from typing import Any
 from zipmoe._errors import CheckpointError, UnsupportedModelError
 from zipmoe._safetensors import Header, HeaderError, TensorPlace, read_header, unique_keys
 
-__all__ = ["Checkpoint", "Shard", "SmallFile", "Source", "open_checkpoint"]
+__all__ = ["Checkpoint", "Shard", "SmallFile", "TensorSource", "open_checkpoint"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,7 +57,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorSource:
     """Where a tensor lies."""
 
     shard: int
@@ -72,7 +72,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]  # by name
     small_files: tuple[SmallFile, ...]  # by name; config.json among them
     left_out: tuple[str, ...]  # names of files and folders that a store does not keep
-    tensors: dict[str, Source]
+    tensors: dict[str, TensorSource]
     config: dict[str, Any]
 
 
@@ -202,12 +202,12 @@ def _read_json(file: SmallFile) -> dict[str, Any]:
 
 
 def _weight_map(files: dict[str, SmallFile]) -> dict[str, str]:
-    """What the index says: tensor key → shard name. Names must be plain names."""
+    """Read the index: tensor key → shard name. Names must be plain names."""
     weight_map = _read_json(files[INDEX_NAME]).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{files[INDEX_NAME].path} has no weight_map")
     for key, name in weight_map.items():
-        plain = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
+        plain = isinstance(name, str) and "/" not in name and "\\" not in name
         if not plain or name.startswith(".") or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{files[INDEX_NAME].path} places {key!r} in {name!r}, "
@@ -249,8 +249,8 @@ def _open_shard(file: SmallFile) -> Shard:
     return Shard(file.name, file.path, file.num_bytes, header)
 
 
-def _tensor_table(shards: tuple[Shard, ...]) -> dict[str, Source]:
-    tensors: dict[str, Source] = {}
+def _tensor_table(shards: tuple[Shard, ...]) -> dict[str, TensorSource]:
+    tensors: dict[str, TensorSource] = {}
     for ordinal, shard in enumerate(shards):
         for place in shard.header.tensors:
             if place.name in tensors:
@@ -260,12 +260,12 @@ def _tensor_table(shards: tuple[Shard, ...]) -> dict[str, Source]:
                 raise CheckpointError(
                     f"{shard.path}: the name {place.name!r} is reserved in a store"
                 )
-            tensors[place.name] = Source(ordinal, place)
+            tensors[place.name] = TensorSource(ordinal, place)
     return tensors
 
 
 def _check_index(
-    files: dict[str, SmallFile], tensors: dict[str, Source], shards: tuple[Shard, ...]
+    files: dict[str, SmallFile], tensors: dict[str, TensorSource], shards: tuple[Shard, ...]
 ) -> None:
     """Every tensor that the index promises must be in the shard that it names."""
     if INDEX_NAME not in files or SINGLE_NAME in files:

@@ -7,10 +7,9 @@ says which keys make which parameter. Unknown families and conversions are refus
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -27,8 +26,12 @@ from zipmoe import _symbolic as symbolic
 from zipmoe._errors import CheckpointError, UnsupportedModelError
 from zipmoe._parts import derive_recipes
 from zipmoe._proof import prove
-from zipmoe.checkpoint import Checkpoint
 from zipmoe.recipe import Matrix, Recipe, check_coverage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zipmoe.checkpoint import Checkpoint
 
 __all__ = ["ExpertLayer", "ModelPlan", "plan_model"]
 

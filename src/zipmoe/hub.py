@@ -50,7 +50,7 @@ def _wanted(repo: str, names: list[str]) -> list[str]:
     weights = [name for name in top if name.endswith(_WEIGHTS)]
     weights = [name for name in weights if name.startswith("model")] or weights
     if not weights:
-        formats = sorted({os.path.splitext(name)[1] for name in names} & {".bin", ".gguf", ".pt"})
+        formats = sorted({Path(name).suffix for name in names} & {".bin", ".gguf", ".pt"})
         raise UnsupportedModelError(
             f"{repo} has no safetensors{' but ' + ' and '.join(formats) if formats else ''}: "
             "zipmoe packs safetensors checkpoints only, because they hold the weights as they "

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from zipmoe import __version__
-from zipmoe._encode import Encoder, raw_reason
+from zipmoe._encode import Encoder
 from zipmoe._errors import CheckpointError, MismatchError, SpaceError
 from zipmoe._hashing import HashThread, hash_shard
-from zipmoe._index import NOBODY
 from zipmoe._journal import Journal
 from zipmoe._manifest import (
     FORMAT_VERSION,
@@ -42,7 +41,8 @@ from zipmoe._source import SOURCE, Source, SourceFile
 from zipmoe.checkpoint import INDEX_NAME, SmallFile, open_checkpoint, read_bytes
 from zipmoe.conversion import plan_model
 from zipmoe.hub import resolve_checkpoint
-from zipmoe.store import JOURNAL, Store, open_store
+from zipmoe.inspect import summarise
+from zipmoe.store import JOURNAL, open_store
 
 __all__ = ["PackReport", "pack_checkpoint"]
 
@@ -120,9 +120,9 @@ def _prepare(folder: Path, plan: PackPlan) -> None:
     if folder.resolve().is_relative_to(plan.checkpoint.folder):
         raise MismatchError(f"the store {folder} must not lie inside the checkpoint")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / JOURNAL).exists() and (held := os.listdir(folder)):
+    if not (folder / JOURNAL).exists() and (held := [entry.name for entry in folder.iterdir()]):
         raise MismatchError(
-            f"{folder} is neither empty nor an unfinished pack (it holds {sorted(held)[0]}): "
+            f"{folder} is neither empty nor an unfinished pack (it holds {min(held)}): "
             "pack into a new folder"
         )
 
@@ -224,7 +224,7 @@ class _Writer:
     ) -> ShardInfo:
         done = self._journal.records.get(shard.name, [])
         self._advance(sum(record.raw_bytes for record in shard.records[: len(done)]))
-        writer = ShardWriter(str(self._folder), shard, done)
+        writer = ShardWriter(self._folder, shard, done)
         try:
             batch, batch_bytes = [], 0
             for planned in shard.records[len(done) :]:
@@ -281,12 +281,12 @@ def _finish(folder: Path, plan: PackPlan, journal: Journal, shards: list[ShardIn
         shards=tuple(sorted(shards, key=lambda shard: shard.name)),
         files=tuple(files),
         source_bytes=sum(file.num_bytes for file in source.files),
-        store_bytes=sum(item.num_bytes for item in (*shards, *files)),
+        store_bytes=sum(s.num_bytes for s in shards) + sum(f.num_bytes for f in files),
     )
     temporary = f".{MANIFEST}.tmp"
     _write(folder, temporary, manifest.dump())
     _sync_folder(folder)
-    os.rename(folder / temporary, folder / MANIFEST)
+    (folder / temporary).rename(folder / MANIFEST)
     _sync_folder(folder)
     journal.remove()
 
@@ -298,8 +298,7 @@ def _source(plan: PackPlan, journal: Journal) -> Source:
         tensors.update(found.tensors)
         header = shard.header.text.decode()
         files.append(SourceFile(shard.name, shard.num_bytes, found.sha256, header=header))
-    for file in plan.checkpoint.small_files:
-        files.append(_source_file(file))
+    files += [_source_file(file) for file in plan.checkpoint.small_files]
     files.sort(key=lambda file: file.name)
     recipes = tuple(recipe for layer in plan.model.layers for recipe in layer.recipes)
     return Source(tuple(files), tensors, recipes, plan.checkpoint.left_out)
@@ -370,35 +369,15 @@ def _require_same(folder: Path, plan: PackPlan) -> None:
 
 def _report(folder: Path, plan: PackPlan, seconds: float) -> PackReport:
     with open_store(folder) as opened:
-        manifest = opened.manifest
-        bits = weights = 0
-        for shard in opened.expert_shards:
-            bits += 8 * sum(place.num_bytes for place in shard.records)
-            weights += int((shard.entries["rows"].astype(int) * shard.entries["columns"]).sum())
-        return PackReport(
-            source_bytes=manifest.source_bytes,
-            store_bytes=manifest.store_bytes,
-            ratio=manifest.store_bytes / max(1, manifest.source_bytes),
-            bits_per_weight=bits / max(1, weights),
-            experts=sum(layer.experts for layer in manifest.layers),
-            tensors=len(plan.checkpoint.tensors),
-            seconds=seconds,
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            raw=_raw(opened, plan),
-        )
-
-
-def _raw(opened: Store, plan: PackPlan) -> list[tuple[str, str]]:
-    """Everything that is stored raw, and why."""
-    planned = {shard.name: shard for shard in plan.shards}
-    found = []
-    for shard in opened.shards:
-        for entry in shard.entries[shard.entries["codec"] == 0]:
-            record = planned[shard.info.name].records[int(entry["record"])]
-            matrix = record.matrices[int(entry["matrix"])]
-            dense = record.layer == NOBODY
-            name = record.name if dense else f"{record.name}.{matrix.role}"
-            shape = plan.checkpoint.tensors[name].place.shape if dense else (0, 0)
-            codec = plan.codecs[shard.info.kind]
-            found.append((name, raw_reason(matrix, codec, shape)))
-    return found
+        summary = summarise(opened)
+    return PackReport(
+        source_bytes=summary.source_bytes,
+        store_bytes=summary.store_bytes,
+        ratio=summary.ratio,
+        bits_per_weight=summary.bits_per_weight,
+        experts=summary.experts,
+        tensors=len(plan.checkpoint.tensors),
+        seconds=seconds,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        raw=summary.raw,
+    )

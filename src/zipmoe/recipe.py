@@ -7,12 +7,15 @@ docs/format.md section 11 says what each field means.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from numpy.typing import NDArray
 
 __all__ = ["Matrix", "Part", "Recipe", "SliceKey", "build", "check_coverage", "restore"]
 
@@ -76,8 +79,8 @@ class Part:
             raise ValueError(f"{fields!r} is not a part of a recipe")
         if not all(isinstance(flag, bool) for flag in flags):
             raise ValueError(f"{fields!r} is not a part of a recipe")
-        spans = [_span(fields.get(name)) for name in ("rows", "columns", "into")]
-        return Part(tensor, *spans, expert_offset=offset, fused=flags[0], transpose=flags[1])
+        rows, columns, into = (_span(fields.get(name)) for name in ("rows", "columns", "into"))
+        return Part(tensor, rows, columns, into, offset, *flags)
 
 
 SliceKey = tuple[str, int | None]  # tensor key, and the slice's number where it is fused
@@ -194,7 +197,7 @@ def _check_source(
         raise ValueError(f"{used} elements of {tensor!r} of shape {shapes[tensor]} are used")
     for at, (layer, *box) in enumerate(found):
         for size, span in zip(shape, box, strict=True):
-            if span and not (0 <= min(span[0], span[-1]) and max(span[0], span[-1]) < size):
+            if span and not (span[0] >= 0 and span[-1] < size):
                 raise ValueError(f"a part leaves {tensor!r} of shape {shapes[tensor]}")
         for other_layer, *other in found[:at]:
             if all(_overlap(a, b) for a, b in zip(box, other, strict=True)):

@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from zipmoe import _core, _index
-from zipmoe._errors import CorruptError, FetchError, FormatError, MismatchError
+from zipmoe._errors import CorruptError, FetchError, FormatError, MismatchError, StoreError
 from zipmoe._index import CODECS, ITEM_BYTES, NOBODY, PAGE, ceil_to
 from zipmoe._manifest import MANIFEST, MAX_BYTES, FileInfo, Layer, Manifest
 from zipmoe._safetensors import DTYPES, TensorPlace
@@ -30,11 +28,17 @@ from zipmoe._shard import OpenShard, as_matrix, open_shard
 from zipmoe._source import SOURCE, Source
 from zipmoe.recipe import ROLES
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
 __all__ = ["DenseTensor", "Store", "open_store"]
 
 JOURNAL = ".zipmoe-journal"
 PLANES = ("sign-mantissa", "exponent")
-_DTYPE_NAMES = {number: name for name, (number, _) in DTYPES.items()}
+DTYPE_NAMES = {number: name for name, (number, _) in DTYPES.items()}
 # Readers of a folder such as transformers look for many names, so a stranger is refused.
 _HARMLESS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 
@@ -105,7 +109,7 @@ class Store:
             rows = shard.entries[shard.entries["layer"] == layer]
             if len(rows):
                 first = rows[rows["expert"] == rows["expert"][0]]
-                return tuple(_DTYPE_NAMES[int(number)] for number in first["dtype"])
+                return tuple(DTYPE_NAMES[int(number)] for number in first["dtype"])
         return ()
 
     def dense_tensors(self) -> list[DenseTensor]:
@@ -117,11 +121,11 @@ class Store:
             found.append(
                 DenseTensor(
                     name,
-                    _DTYPE_NAMES[int(entry["dtype"])],
+                    DTYPE_NAMES[int(entry["dtype"])],
                     shapes[name],
                     CODECS[entry["codec"]],
                     int(ceil_to(entry["extents"][:2, 1], PAGE).sum()),
-                    _decoded_bytes(entry),
+                    decoded_bytes(entry),
                 )
             )
         return found
@@ -136,7 +140,7 @@ class Store:
             place = places[name][1] if name in places else None
             if place is None or (
                 as_matrix(place.shape) != (entry["rows"], entry["columns"])
-                or place.dtype != _DTYPE_NAMES[int(entry["dtype"])]
+                or place.dtype != DTYPE_NAMES[int(entry["dtype"])]
             ):
                 raise CorruptError(
                     "source.json and the index disagree on it", file=shard.info.name, tensor=name
@@ -147,7 +151,7 @@ class Store:
     def decoded_bytes(self, kind: str) -> int:
         """Bytes that all "experts" or all "dense" weights take when they are decoded."""
         shards = [shard for shard in self.shards if shard.info.kind == kind]
-        return sum(_decoded_bytes(entry) for shard in shards for entry in shard.entries)
+        return sum(decoded_bytes(entry) for shard in shards for entry in shard.entries)
 
     def read_dense(self, name: str, *, threads: int = 1) -> NDArray[Any]:
         """Read, verify and decode a dense tensor.
@@ -168,7 +172,7 @@ class Store:
         """Layer, expert, shard and rows of the index of every expert, in order."""
         for shard in self.expert_shards:
             starts = [*_first_rows(shard), len(shard.entries)]
-            for start, stop in zip(starts, starts[1:], strict=False):
+            for start, stop in pairwise(starts):
                 entry = shard.entries[start]
                 yield int(entry["layer"]), int(entry["expert"]), shard, range(start, stop)
 
@@ -177,7 +181,7 @@ class Store:
         entry = shard.entries[row]
         planes = (read_extent(shard, row, 0), read_extent(shard, row, 1))
         shape = int(entry["rows"]), int(entry["columns"])
-        carrier = DTYPES[_DTYPE_NAMES[int(entry["dtype"])]][1]
+        carrier = DTYPES[DTYPE_NAMES[int(entry["dtype"])]][1]
         if entry["codec"] == 0:
             return planes[0].view(carrier).reshape(shape)
         out = np.empty(shape, carrier)
@@ -199,7 +203,7 @@ class Store:
         while self.shards:
             os.close(self.shards.pop().fd)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -225,18 +229,25 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    for error in file_errors(folder, manifest):
+        raise error
     for info in manifest.files:
         if info.name != SOURCE:  # verified when it is read
             read_verified(folder, info, keep=False)
     with ExitStack() as undo:
         shards: list[OpenShard] = []
-        for info in manifest.shards:
-            shards.append(open_shard(str(folder), info))
+        for shard in manifest.shards:
+            shards.append(open_shard(folder, shard))
             undo.callback(os.close, shards[-1].fd)
-        _check_records(manifest, shards)
+        store = assemble(folder, manifest, shards)
         undo.pop_all()
-        return Store(folder, manifest, shards)
+        return store
+
+
+def assemble(folder: Path, manifest: Manifest, shards: list[OpenShard]) -> Store:
+    """Make a store of open shards, which must hold exactly what the manifest says."""
+    _check_records(manifest, shards)
+    return Store(folder, manifest, shards)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -260,26 +271,28 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Every file must be there, regular and of its length; nothing else may lie in the folder."""
-    listed = {item.name: item.num_bytes for item in (*manifest.shards, *manifest.files)}
+def file_errors(folder: Path, manifest: Manifest) -> Iterator[StoreError]:
+    """Find files that are missing, irregular, of another length, or strangers."""
+    listed = {shard.name: shard.num_bytes for shard in manifest.shards}
+    listed |= {file.name: file.num_bytes for file in manifest.files}
     for name, num_bytes in listed.items():
         try:
             status = (folder / name).lstat()
-        except FileNotFoundError as error:
-            raise CorruptError("the file is missing", file=name) from error
+        except FileNotFoundError:
+            yield CorruptError("the file is missing", file=name)
+            continue
         if not stat.S_ISREG(status.st_mode):
-            raise CorruptError("not a regular file (a copied link?)", file=name)
-        if status.st_size != num_bytes:
-            raise CorruptError(
+            yield CorruptError("not a regular file (a link?)", file=name)
+        elif status.st_size != num_bytes:
+            yield CorruptError(
                 f"the file has {status.st_size} bytes and should have {num_bytes}", file=name
             )
     if sum(listed.values()) != manifest.store_bytes:
-        raise CorruptError("store_bytes is not the sum of the files", file=MANIFEST)
-    for name in sorted(os.listdir(folder)):
+        yield CorruptError("store_bytes is not the sum of the files", file=MANIFEST)
+    for name in sorted(entry.name for entry in folder.iterdir()):
         strange = name not in listed and name != MANIFEST and name not in _HARMLESS
         if strange and not name.startswith("."):
-            raise MismatchError(f"{folder / name} does not belong to the store: move it away")
+            yield MismatchError(f"{folder / name} does not belong to the store: move it away")
 
 
 def read_verified(folder: Path, info: FileInfo, *, keep: bool = True) -> bytes:
@@ -303,7 +316,12 @@ def read_verified(folder: Path, info: FileInfo, *, keep: bool = True) -> bytes:
 
 
 def read_extent(shard: OpenShard, row: int, plane: int) -> NDArray[np.uint8]:
-    """Read one extent, padding checked against its checksum and not given out."""
+    """Read one extent, verified together with its padding, which is not given out."""
+    return read_padded(shard, row, plane)[: int(shard.entries[row]["extents"][plane][1])]
+
+
+def read_padded(shard: OpenShard, row: int, plane: int) -> NDArray[np.uint8]:
+    """Read one extent and its padding, and check their checksum."""
     offset, length, expected = (int(value) for value in shard.entries[row]["extents"][plane])
     buffer = np.empty(int(ceil_to(length, PAGE)), np.uint8)
     done = 0
@@ -320,9 +338,9 @@ def read_extent(shard: OpenShard, row: int, plane: int) -> NDArray[np.uint8]:
         if got == 0:
             raise CorruptError("the file ends too early", **place_of(shard, row, plane))
         done += got
-    if length and xxhash.xxh3_64_intdigest(buffer) != expected:
+    if length and xxhash.xxh3_64_intdigest(buffer.data) != expected:
         raise CorruptError("wrong checksum", **place_of(shard, row, plane))
-    return buffer[:length]
+    return buffer
 
 
 def place_of(shard: OpenShard, row: int, plane: int) -> dict[str, Any]:
@@ -344,12 +362,13 @@ def _first_rows(shard: OpenShard) -> list[int]:
     return [int(row) for row in np.flatnonzero(shard.entries["matrix"] == 0)]
 
 
-def _decoded_bytes(entry: Any) -> int:
+def decoded_bytes(entry: Any) -> int:
+    """Bytes of the decoded matrix of an index entry."""
     return int(entry["rows"]) * int(entry["columns"]) * int(ITEM_BYTES[entry["dtype"]])
 
 
 def _check_records(manifest: Manifest, shards: list[OpenShard]) -> None:
-    """Shards must hold exactly the experts of the manifest's layers, in order, and dense tensors."""
+    """Shards must hold exactly the experts of the manifest's layers, in order, and dense ones."""
     experts = [shard for shard in shards if shard.info.kind == "experts"]
     expected = iter(
         (f"{layer.module}.{expert}", number, expert, layer)

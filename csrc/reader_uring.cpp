@@ -22,6 +22,7 @@ std::unique_ptr<Reader> make_uring_reader(ReadSink& /*sink*/) { return nullptr; 
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "requests.h"
 
@@ -115,7 +116,8 @@ class UringReader final : public Reader {
   void run() noexcept {
     try {
       while (fill()) {
-        wait();
+        submit_all();
+        report();
         reap();
       }
     } catch (...) {
@@ -138,16 +140,18 @@ class UringReader final : public Reader {
       io_uring_sqe_set_data64(entry, i);
       ++num_under_way_;
     }
-    return !stopping_ || num_under_way_ > 0;
+    return !stopping_ || num_under_way_ > 0 || !finished_.empty();
   }
 
-  void wait() {
+  // Sleeps until something ends, unless there is something to report first.
+  void submit_all() {
     if (!std::exchange(armed_, true)) {
       io_uring_sqe* entry = next_entry();
       io_uring_prep_poll_add(entry, wake_.fd(), POLLIN);
       io_uring_sqe_set_data64(entry, kWakeUp);
     }
-    const int submitted = io_uring_submit_and_wait(ring_.get(), 1);
+    const unsigned wait_for = finished_.empty() ? 1 : 0;
+    const int submitted = io_uring_submit_and_wait(ring_.get(), wait_for);
     if (submitted >= 0 || submitted == -EINTR) return;
     if (submitted != -EAGAIN && submitted != -EBUSY) fail(-submitted, "io_uring_submit_and_wait");
     // The kernel is short of memory for a moment; the entries stay in the ring.
@@ -174,12 +178,14 @@ class UringReader final : public Reader {
     const Request request = *std::exchange(under_way_.at(place), std::nullopt);
     --num_under_way_;
     drop_cached(request);
-    std::optional<Finished> finished;
-    {
-      const std::lock_guard lock(mutex_);
-      finished = requests_.settle(request, outcome);
-    }
-    if (finished) sink_.read_done(finished->tag, finished->result);
+    const std::lock_guard lock(mutex_);
+    if (auto finished = requests_.settle(request, outcome)) finished_.push_back(*finished);
+  }
+
+  // Comes after the ring is full again: the drive works on while the sink verifies what has
+  // arrived.
+  void report() {
+    for (const Finished& job : std::exchange(finished_, {})) sink_.read_done(job.tag, job.result);
   }
 
   io_uring_sqe* next_entry() {
@@ -198,6 +204,7 @@ class UringReader final : public Reader {
   Ring ring_;
   std::array<std::optional<Request>, kQueueDepth> under_way_;
   unsigned num_under_way_ = 0;
+  std::vector<Finished> finished_;  // to be reported
   bool armed_ = false;
 
   std::thread thread_;

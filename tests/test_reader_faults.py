@@ -273,3 +273,41 @@ def test_close_wakes_those_who_wait(shards, reader):
         closer.join(30)
     assert closed == [None]
     os.close(source)
+
+
+FORBIDDEN = """
+import ctypes, errno, struct
+from pathlib import Path
+from synthetic_shards import make_shards
+from zipmoe import _core
+
+# What containers do: a seccomp filter that answers io_uring_setup (425) with EPERM or ENOSYS.
+LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
+ERRNO, ALLOW = 0x00050000, 0x7FFF0000
+number = getattr(errno, sys.argv[2])
+steps = [(LOAD_WORD, 0, 0, 0), (JUMP_IF_EQUAL, 0, 1, 425), (RETURN, 0, 0, ERRNO | number),
+         (RETURN, 0, 0, ALLOW)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = ctypes.create_string_buffer(
+    struct.pack("@HP", len(steps), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+no_new_privileges, set_seccomp, filter_mode = 38, 22, 2
+assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
+assert libc.prctl(set_seccomp, filter_mode, program, 0, 0) == 0
+
+shards = make_shards(Path(sys.argv[1]), layers=1, experts=3)
+cache = shards.open(slots=2)
+assert cache.reader.startswith("pread"), cache.reader
+for expert in (0, 1, 2):
+    shards.check_expert(cache, 0, expert)
+cache.close()
+try:
+    _core.ExpertCache(shards.paths, shards.table, capacity_bytes=1 << 30, reader="io_uring")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("answer", ["EPERM", "ENOSYS"])
+def test_where_the_system_forbids_rings_pread_takes_over(tmp_path, answer):
+    assert "io_uring does not work here" in run_script(FORBIDDEN, tmp_path, answer)

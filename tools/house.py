@@ -17,7 +17,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 450, 60, 6
 OFFLINE = {"checkpoint", "recipe", "pack", "unpack", "hub", "demo", "_smollm"}
 RUNTIME = {"model", "experts", "budget", "generate", "_quantizer"}
 # The commands know both halves; the package's front door names what both offer.
-ABOVE = {"cli", "_terminal", "_session", "_chat", "_demo_session", "__main__", "__init__"}
+ABOVE = {"cli", "__main__", "__init__"}
+ABOVE |= {"_terminal", "_report", "_session", "_chat", "_demo_session"}
 PRINTING = {"cli", "_terminal"}
 # Nothing in the core may know these.
 CORE_FORBIDDEN = re.compile(r'#include\s*[<"](torch|ATen|c10|Python\.h|nanobind)')

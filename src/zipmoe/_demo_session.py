@@ -68,7 +68,8 @@ class DemoSession:
 
     def answer_questions(self, loaded: Loaded) -> list[dict[str, Any]]:
         """Answer the demo's questions one by one; return what `generate --json` says of each."""
-        from ._session import answer, measured
+        from ._report import measured
+        from ._session import answer
         from .demo import QUESTIONS
 
         answers = []

@@ -1,4 +1,4 @@
-"""A packed model at work for the commands: load, answer, and say what it took.
+"""A packed model at work for the commands: load and answer.
 
 Support of `cli.py`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .budget import format_bytes
 from .generate import generate
 from .model import load
 
@@ -36,17 +35,3 @@ def answer(
     result = generate(loaded, prompt, on_text=terminal.write, **options)
     terminal.write("\n")
     return result
-
-
-def measured(result: GenerateResult) -> str:
-    """Say in two lines what an answer took."""
-    cache, engaged = result.cache, result.engaged
-    asked = cache["hits"] + cache["misses"]
-    share = f"{cache['hits'] / asked:.0%} of {asked} experts" if asked else "no experts"
-    pace = f", then {result.tpot_s * 1000:.0f} ms per token" if result.tpot_s else ""
-    peak, promised = format_bytes(result.peak_rss_bytes), format_bytes(result.memory_bytes)
-    return (
-        f"{len(result.token_ids)} tokens: the first after {result.ttft_s:.2f} s{pace}; "
-        f"{share} were in memory, {format_bytes(cache['bytes_read'])} read\n"
-        f"peak {peak} of {promised} promised; {', '.join(engaged.values())}"
-    )

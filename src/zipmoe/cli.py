@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -139,25 +139,15 @@ def pack(
       zipmoe pack Qwen/Qwen1.5-MoE-A2.7B my-store
       zipmoe pack ./mixtral-8x7b my-store --codec rank3 --json
     """
+    from ._report import packed
     from .pack import pack_checkpoint
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal, mismatch=USER_ERROR):
         with terminal.progress("Packing") as progress:
             report = pack_checkpoint(checkpoint, store, codec=codec, jobs=jobs, progress=progress)
-        content = asdict(report)
-        terminal.document(content)
-        terminal.write(_packed(store, content) + "\n")
-
-
-def _packed(store: Path, report: dict[str, Any]) -> str:
-    from .budget import format_bytes
-
-    return (
-        f"{store}: {format_bytes(report['store_bytes'])}, {report['ratio']:.3f} of the "
-        f"checkpoint's {format_bytes(report['source_bytes'])} "
-        f"({report['bits_per_weight']:.2f} bits per expert weight)"
-    )
+        terminal.document(asdict(report))
+        terminal.write(packed(store, report) + "\n")
 
 
 @app.command()
@@ -179,7 +169,8 @@ def unpack(
     from .unpack import unpack_store
 
     terminal = Terminal(as_json=as_json)
-    with reporting(terminal):
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    with reporting(terminal, mismatch=USER_ERROR if taken else CORRUPT_STORE):
         with terminal.progress("Unpacking") as progress:
             report = unpack_store(store, folder, progress=progress)
         terminal.document(asdict(report))
@@ -197,13 +188,14 @@ def verify(store: Store, *, as_json: Json = False) -> None:
     Example:
       zipmoe verify my-store && echo sound
     """
+    from ._report import verified
     from .verify import verify_store
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
         with terminal.progress("Verifying") as progress:
             report = verify_store(store, progress=progress)
-        terminal.document(asdict(report) | {"errors": [str(error) for error in report.errors]})
+        terminal.document(verified(report))
         for error in report.errors:
             terminal.say(f"zipmoe: {error}")
         if report.errors:
@@ -221,13 +213,14 @@ def inspect(store: Store, *, as_json: Json = False) -> None:
     Example:
       zipmoe inspect my-store
     """
+    from ._report import summary
     from .inspect import inspect_store
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
-        summary = inspect_store(store)
-        terminal.document(asdict(summary))
-        terminal.write(f"{summary}\n")
+        found = inspect_store(store)
+        terminal.document(asdict(found))
+        terminal.write(f"{summary(found)}\n")
 
 
 @app.command()
@@ -259,7 +252,8 @@ def generate(
       zipmoe generate my-store --prompt "What is the capital of France?" --memory 2GB
       zipmoe generate my-store --prompt - --max-tokens 500 --json < question.txt
     """
-    from ._session import answer, loaded_model, measured
+    from ._report import measured
+    from ._session import answer, loaded_model
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):

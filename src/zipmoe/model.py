@@ -1,0 +1,159 @@
+"""A store → an ordinary transformers model bound to the expert cache.
+
+`load` is the library's door. What happens behind `from_pretrained` is in `_quantizer.py`; what a
+forward pass does with experts is in `experts.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from zipmoe import budget
+from zipmoe._errors import FormatError
+from zipmoe._quantizer import METHOD, LoadOptions, Runtime, loading
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+__all__ = ["Loaded", "load"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+# glibc gives blocks of this size and more back to the system when they are freed, and keeps few
+# arenas: what torch frees after a step must not stay with the process. See
+# docs/decisions/0009-memory-budget.md.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENAS = 1 << 20, 1 << 20, 2
+
+
+class Loaded:
+    """A loaded model and its tokenizer (None if the checkpoint has none). Unpacks into these two.
+
+    It owns threads, files and memory: close it, or use it in a `with` block. A model that nobody
+    refers to any more frees them too.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.tokenizer))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def runtime(self) -> Runtime:
+        """The expert cache and what is at work (`model.zipmoe`)."""
+        return self.model.zipmoe
+
+    @property
+    def memory(self) -> budget.MemoryReport:
+        """How the memory granted is shared out."""
+        return self.runtime.report
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together that the memory was counted for."""
+        return self.runtime.context
+
+    def close(self) -> None:
+        """Free threads, files and memory. Idempotent; the model cannot run afterwards."""
+        self.runtime.close()
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            tensor.data = tensor.data.new_empty(0)
+
+
+def load(
+    store: str | os.PathLike[str],
+    *,
+    memory: str | int | None = None,
+    compute: str = "torch",
+    context: int | None = None,
+) -> Loaded:
+    """Load a packed model.
+
+    Parameters
+    ----------
+    store : the folder that `zipmoe pack` made.
+    memory : what the whole process may take: "2GB", "1500MB", "2GiB" or bytes. None: what the
+    machine or the
+        cgroup has available, less a reserve.
+    compute : "torch": decoded weights through torch's own operators, bit for bit as stock
+    transformers. context : most tokens of prompt and answer together; their KV cache is counted
+    in the memory. None: 4096, or
+        the model's maximum if that is less.
+
+    Returns
+    -------
+    Loaded
+        Unpacks into (model, tokenizer). The model is an ordinary transformers model.
+
+    Raises
+    ------
+    FormatError, CorruptError, MismatchError
+        The store cannot be used.
+    BudgetError
+        The memory is below the floor of this model and context.
+    ValueError
+        An option that does not exist.
+    """
+    options = LoadOptions(
+        memory=None if memory is None else budget.parse_memory(memory),
+        context=context,
+        compute=compute,
+    )
+    folder = Path(store)
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder} is not a zipmoe store: it has no config.json")
+    config = AutoConfig.from_pretrained(folder)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") != METHOD:
+        raise FormatError(
+            f"{folder} is not a zipmoe store: pack the checkpoint first (`zipmoe pack`)"
+        )
+    _tell_malloc()
+    tokenizer = None
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading(options):
+        model = _model_class(config).from_pretrained(folder, dtype="auto")
+    return Loaded(model, tokenizer)
+
+
+def _model_class(config: Any) -> Any:
+    """Find the class that the checkpoint was saved from, if it is one that generates text."""
+    classes = [
+        found
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        if (found := mapping.get(type(config), None)) is not None
+    ]
+    named = [found for found in classes if found.__name__ in (config.architectures or ())]
+    if not classes:
+        raise FormatError(
+            f"transformers {transformers.__version__} has no language model for {config.model_type}"
+        )
+    return (named or classes)[0]
+
+
+def _tell_malloc() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; other C libraries have no such habit to break
+        for parameter, value in ((-3, _MMAP_THRESHOLD), (-1, _TRIM_THRESHOLD), (-8, _ARENAS)):
+            libc.mallopt(parameter, value)

@@ -1,7 +1,7 @@
 """Test doubles: a store and an expert cache made of a stock model's own weights.
 
-They satisfy what `_quantizer.py` asks of `zipmoe.store` and `zipmoe._core`, so loading and the experts function
-can be tested apart from the format, and faults can be set off at will.
+They satisfy what `_quantizer.py` asks of `zipmoe.store` and `zipmoe._core`, so loading and the
+experts function can be tested apart from the format, and faults can be set off at will.
 """
 
 from __future__ import annotations

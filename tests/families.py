@@ -1,7 +1,8 @@
 """Every family that transformers' experts interface decorates, each as a tiny random model.
 
-The list is read off transformers' own source and registries, so a family added by a new release shows up here
-by itself. What a family needs beyond the generic shrinking of its default config stands in `OVERRIDES`.
+The list is read off transformers' own source and registries, so a family added by a new release
+shows up here by itself. What a family needs beyond the generic shrinking of its default config
+stands in `OVERRIDES`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic_shards import CODEC_IDS, make_shards
 
 from zipmoe import _core
@@ -118,6 +120,31 @@ def test_the_least_recently_used_expert_goes_first(shards):
     shards.check_expert(cache, 0, 2)
     shards.check_expert(cache, 0, 3)
     assert counted(cache) == (6, 5, 2)
+    cache.close()
+
+
+@given(
+    slots=st.integers(2, 6),
+    uses=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5)), max_size=60),
+)
+@settings(max_examples=40, derandomize=True, deadline=None)
+def test_counters_are_those_of_a_least_recently_used_cache(shards, slots, uses):
+    cache = shards.open(slots=slots)
+    model, hits, num_bytes, evictions = {}, 0, 0, 0  # a dict remembers the order of insertion
+    for key in uses:
+        shards.check_expert(cache, *key)
+        if key in model:
+            hits += 1
+            del model[key]
+        else:
+            num_bytes += shards.record(*key)[2]
+            if len(model) == slots:
+                del model[next(iter(model))]
+                evictions += 1
+        model[key] = True
+    assert counted(cache) == (hits, len(uses) - hits, evictions)
+    assert cache.counters()["bytes_read"] == num_bytes
+    assert cache.counters()["read_errors"] == 0
     cache.close()
 
 

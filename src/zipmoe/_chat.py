@@ -11,7 +11,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ._errors import FetchError
+from ._errors import FetchError, ZipmoeError
 from .generate import generate
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ class Chat:
 
     def run(self) -> None:
         """Talk until the person leaves."""
+        if not getattr(self._loaded.tokenizer, "chat_template", None):
+            raise ZipmoeError(
+                "this model has no chat template: use `zipmoe generate`, which continues a text"
+            )
         self._terminal.say(GREETING)
         while (line := self._read()) is not None:
             if line == "/new":
@@ -87,7 +91,8 @@ class Chat:
 
     def _fit(self) -> bool:
         """Drop the oldest turns until question and answer fit into the context; say so."""
-        room = self._loaded.context - self._options["max_tokens"]
+        context, longest = self._loaded.context, self._options["max_tokens"]
+        room = context - min(longest, context // 2)
         dropped = 0
         while self._tokens() > room and len(self._turns) > 1:
             del self._turns[:2]
@@ -98,8 +103,8 @@ class Chat:
         if self._tokens() <= room:
             return True
         self._terminal.say(
-            f"(too long: {self._tokens()} tokens and up to {self._options['max_tokens']} of an "
-            f"answer exceed the context of {self._loaded.context}; shorten it, or use --context)"
+            f"(too long: {self._tokens()} tokens, and {context - room} for an answer, exceed the "
+            f"context of {context}; shorten it, or use --context)"
         )
         return False
 

@@ -228,7 +228,12 @@ def generate(
     store: Store,
     *,
     prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="What to answer; - reads it from stdin.")
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="What to answer, or to continue where the model has no chat template; - reads it "
+            "from stdin.",
+        ),
     ],
     memory: Memory = None,
     context: Context = None,
@@ -236,10 +241,6 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "torch",
-    plain: Annotated[
-        bool,
-        typer.Option("--plain", help="Continue the prompt as it stands, without a chat template."),
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt with a packed model, inside a memory budget.
@@ -263,12 +264,12 @@ def generate(
             result = answer(
                 terminal,
                 loaded,
-                text if plain else [{"role": "user", "content": text}],
+                text,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed,
             )
-            terminal.document(result.as_dict())
+            terminal.document(result.as_dict() | {"memory": loaded.memory.as_dict()})
             terminal.say(measured(result))
 
 

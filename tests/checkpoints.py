@@ -62,7 +62,7 @@ def build(
     **overrides: Any,
 ) -> Path:
     """Write a tiny random checkpoint of a family; returns the folder."""
-    config = AutoConfig.for_model(family, **TINY, **FAMILIES[family], **overrides)
+    config = AutoConfig.for_model(family, **(TINY | FAMILIES[family] | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)

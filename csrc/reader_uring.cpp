@@ -18,11 +18,13 @@ std::unique_ptr<Reader> make_uring_reader(ReadSink& /*sink*/) { return nullptr; 
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <condition_variable>
+#include <deque>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <utility>
-#include <vector>
 
 #include "requests.h"
 
@@ -83,6 +85,56 @@ class EventFd {
   int fd_;
 };
 
+// Hands on finished jobs in a thread of its own.
+class Reporter {
+ public:
+  explicit Reporter(ReadSink& sink) : sink_(sink), thread_([this] { run(); }) {}
+  Reporter(const Reporter&) = delete;
+  Reporter& operator=(const Reporter&) = delete;
+  // Drops what is not reported yet.
+  ~Reporter() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    work_.notify_all();
+    thread_.join();
+  }
+
+  void push(const Finished& job) {
+    {
+      const std::lock_guard lock(mutex_);
+      finished_.push_back(job);
+    }
+    work_.notify_one();
+  }
+
+ private:
+  void run() noexcept {
+    try {
+      while (auto job = wait_for_job()) sink_.read_done(job->tag, job->result);
+    } catch (...) {
+      sink_.reader_failed(std::current_exception());
+    }
+  }
+
+  std::optional<Finished> wait_for_job() {
+    std::unique_lock lock(mutex_);
+    work_.wait(lock, [this] { return stopping_ || !finished_.empty(); });
+    if (stopping_) return std::nullopt;
+    const Finished job = finished_.front();
+    finished_.pop_front();
+    return job;
+  }
+
+  ReadSink& sink_;
+  std::mutex mutex_;
+  std::condition_variable work_;
+  std::deque<Finished> finished_;  // guarded by mutex_
+  bool stopping_ = false;          // guarded by mutex_
+  std::thread thread_;             // last: it uses the others
+};
+
 class UringReader final : public Reader {
  public:
   explicit UringReader(ReadSink& sink) : sink_(sink) {}
@@ -99,6 +151,7 @@ class UringReader final : public Reader {
   // False where this system has no usable ring.
   bool start() {
     if (!ring_.works()) return false;
+    reporter_.emplace(sink_);
     thread_ = std::thread([this] { run(); });
     return true;
   }
@@ -116,8 +169,7 @@ class UringReader final : public Reader {
   void run() noexcept {
     try {
       while (fill()) {
-        submit_all();
-        report();
+        wait();
         reap();
       }
     } catch (...) {
@@ -140,18 +192,17 @@ class UringReader final : public Reader {
       io_uring_sqe_set_data64(entry, i);
       ++num_under_way_;
     }
-    return !stopping_ || num_under_way_ > 0 || !finished_.empty();
+    return !stopping_ || num_under_way_ > 0;
   }
 
-  // Sleeps until something ends, unless there is something to report first.
-  void submit_all() {
+  // Submits what fill() prepared and sleeps until something ends.
+  void wait() {
     if (!std::exchange(armed_, true)) {
       io_uring_sqe* entry = next_entry();
       io_uring_prep_poll_add(entry, wake_.fd(), POLLIN);
       io_uring_sqe_set_data64(entry, kWakeUp);
     }
-    const unsigned wait_for = finished_.empty() ? 1 : 0;
-    const int submitted = io_uring_submit_and_wait(ring_.get(), wait_for);
+    const int submitted = io_uring_submit_and_wait(ring_.get(), 1);
     if (submitted >= 0 || submitted == -EINTR) return;
     if (submitted != -EAGAIN && submitted != -EBUSY) fail(-submitted, "io_uring_submit_and_wait");
     // The kernel is short of memory for a moment; the entries stay in the ring.
@@ -178,14 +229,12 @@ class UringReader final : public Reader {
     const Request request = *std::exchange(under_way_.at(place), std::nullopt);
     --num_under_way_;
     drop_cached(request);
-    const std::lock_guard lock(mutex_);
-    if (auto finished = requests_.settle(request, outcome)) finished_.push_back(*finished);
-  }
-
-  // Comes after the ring is full again: the drive works on while the sink verifies what has
-  // arrived.
-  void report() {
-    for (const Finished& job : std::exchange(finished_, {})) sink_.read_done(job.tag, job.result);
+    std::optional<Finished> finished;
+    {
+      const std::lock_guard lock(mutex_);
+      finished = requests_.settle(request, outcome);
+    }
+    if (finished) reporter_->push(*finished);
   }
 
   io_uring_sqe* next_entry() {
@@ -204,9 +253,9 @@ class UringReader final : public Reader {
   Ring ring_;
   std::array<std::optional<Request>, kQueueDepth> under_way_;
   unsigned num_under_way_ = 0;
-  std::vector<Finished> finished_;  // to be reported
   bool armed_ = false;
 
+  std::optional<Reporter> reporter_;  // there from start() on
   std::thread thread_;
 };
 

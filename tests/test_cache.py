@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -180,11 +181,36 @@ def test_a_list_longer_than_the_cache_is_read_once_each(shards):
     cache.close()
 
 
+def wait_until_read(cache, num_bytes):
+    deadline = time.monotonic() + 30
+    while cache.counters()["bytes_read"] < num_bytes:
+        assert time.monotonic() < deadline, "nothing is read"
+        time.sleep(0.002)
+    time.sleep(0.02)  # for what must not be read any more
+    assert cache.counters()["bytes_read"] == num_bytes
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_prefetch_reads_in_the_background_as_far_as_slots_allow(shards, reader):
+    cache = shards.open(slots=3, reader=reader)
+    cache.prefetch(0, [4, 1, 5, 0, 2])
+    wait_until_read(cache, sum(shards.record(0, e)[2] for e in (4, 1, 5)))
+    waited = cache.counters()["wait_ns"]
+    for expert in (4, 1, 5):
+        shards.check(cache, 0, expert, 0)
+    assert cache.counters()["wait_ns"] == waited == 0
+    shards.check(cache, 0, 1, 2)  # its last matrix: the next of the list takes the slot
+    wait_until_read(cache, sum(shards.record(0, e)[2] for e in (4, 1, 5, 0)))
+    cache.close()
+
+
 def test_a_list_does_not_evict_its_own_experts_before_their_use(shards):
     cache = shards.open(slots=3)
     for expert in (0, 1, 2):
         shards.check_expert(cache, 0, expert)
     cache.prefetch(0, [3, 4, 0, 1])  # 0 and 1 are the oldest: only 2 may go
+    wait_until_read(cache, sum(shards.record(0, e)[2] for e in (0, 1, 2, 3)))
+    assert counted(cache) == (2, 5, 1)
     for expert in (0, 1, 3, 4):
         shards.check_expert(cache, 0, expert)
     assert counted(cache) == (2, 5, 2)

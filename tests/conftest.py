@@ -1,3 +1,3 @@
 """What all tests share. Plugins live in files of their own."""
 
-pytest_plugins = ["soak_plugin"]
+pytest_plugins = ["soak_plugin", "tiny_plugin"]

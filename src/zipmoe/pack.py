@@ -15,17 +15,17 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zipmoe import __version__
 from zipmoe._encode import Encoder
 from zipmoe._errors import CheckpointError, MismatchError, SpaceError
 from zipmoe._hashing import HashThread, hash_shard
-from zipmoe._journal import Journal
+from zipmoe._journal import FileHashes, Journal
 from zipmoe._manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -44,11 +44,14 @@ from zipmoe.hub import resolve_checkpoint
 from zipmoe.inspect import summarise
 from zipmoe.store import JOURNAL, open_store
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 __all__ = ["PackReport", "pack_checkpoint"]
 
 Progress = Callable[[int, int], None]
 
-BATCH_BYTES = 256 << 20  # written between two waits for the disk
+BATCH_BYTES = 128 << 20  # weights between two waits for the disk
 IN_FLIGHT_BYTES = 192 << 20  # weights being read, encoded or waiting to be written
 CHUNK_BYTES = 4 << 20
 
@@ -182,22 +185,21 @@ class _Writer:
         self._folder, self._plan, self._journal = folder, plan, journal
         self._hashing, self._progress = hashing, progress
         self._done_bytes, self._total_bytes = 0, plan.weight_bytes
+        self._noter = ThreadPoolExecutor(1, "zipmoe-journal")
+        self._noting: list[Future[None]] = []
 
     def run(self, jobs: int) -> list[ShardInfo]:
         """Write all shards; returns them in order."""
         encoder = Encoder(self._plan)
         try:
-            with ThreadPoolExecutor(jobs, "zipmoe-encode") as pool:
+            with ThreadPoolExecutor(jobs, "zipmoe-encode") as pool, self._noter:
                 try:
-                    return self._run(encoder, pool, jobs)
+                    coded = self._encoded(encoder, pool, jobs)
+                    return [self._write_shard(shard, coded) for shard in self._plan.shards]
                 finally:
                     pool.shutdown(wait=True, cancel_futures=True)
         finally:
             encoder.close()
-
-    def _run(self, encoder: Encoder, pool: ThreadPoolExecutor, jobs: int) -> list[ShardInfo]:
-        coded = self._encoded(encoder, pool, jobs)
-        return [self._write_shard(shard, coded) for shard in self._plan.shards]
 
     def _encoded(
         self, encoder: Encoder, pool: ThreadPoolExecutor, jobs: int
@@ -226,7 +228,8 @@ class _Writer:
         self._advance(sum(record.raw_bytes for record in shard.records[: len(done)]))
         writer = ShardWriter(self._folder, shard, done)
         try:
-            batch, batch_bytes = [], 0
+            batch: list[NDArray[Any]] = []
+            batch_bytes = 0
             for planned in shard.records[len(done) :]:
                 record, matrices = next(coded)
                 if record is not planned:
@@ -234,18 +237,33 @@ class _Writer:
                 batch.append(writer.append(matrices))
                 batch_bytes += record.raw_bytes
                 if batch_bytes >= BATCH_BYTES:
-                    self._note(writer, batch)
+                    self._note_later(writer, batch)
                     batch, batch_bytes = [], 0
                 self._advance(record.raw_bytes)
-            self._note(writer, batch)
+            self._note_later(writer, batch)
+            self._wait_for_notes()
             return writer.finish()
         finally:
+            wait(self._noting)
             writer.close()
 
-    def _note(self, writer: ShardWriter, batch: list[Any]) -> None:
+    def _note_later(self, writer: ShardWriter, batch: list[NDArray[Any]]) -> None:
+        """Wait for the disk and write the journal in a thread beside; one batch at a time."""
+        self._wait_for_notes()
+        hashes = self._hashing.poll()
+        self._noting = [self._noter.submit(self._note, writer, batch, hashes)]
+
+    def _wait_for_notes(self) -> None:
+        for note in self._noting:
+            note.result()
+        self._noting = []
+
+    def _note(
+        self, writer: ShardWriter, batch: list[NDArray[Any]], hashes: list[FileHashes]
+    ) -> None:
         writer.sync()
         self._journal.add_records(writer.plan.name, batch)
-        for found in self._hashing.poll():
+        for found in hashes:
             self._journal.add_hashes(found)
 
     def _advance(self, num_bytes: int) -> None:

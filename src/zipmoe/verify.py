@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from zipmoe._errors import CorruptError, FetchError, FormatError, StoreError
+from zipmoe._index import PAGE, ceil_to
 from zipmoe._shard import OpenShard, open_shard
 from zipmoe._source import SOURCE, prove_recipes
 from zipmoe.store import (
@@ -110,8 +111,8 @@ class _Check:
 
     def _check_extent(self, shard: OpenShard, row: int, plane: int) -> None:
         length = int(shard.entries[row]["extents"][plane][1])
+        self._advance(int(ceil_to(length, PAGE)))
         padded = read_padded(shard, row, plane)
-        self._advance(padded.size)
         if padded[length:].any():
             raise CorruptError("the padding is not zero", **place_of(shard, row, plane))
 

@@ -1,0 +1,52 @@
+"""Fixtures: tiny checkpoints and their stores, made once per run. Copy before you change them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+# torch is imported in the fixtures: it takes seconds, and not every run needs it.
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """Give a function: family and options of `checkpoints.build` → the folder."""
+    from checkpoints import build  # noqa: PLC0415
+
+    made = {}
+
+    def make(family="qwen2_moe", **options):
+        key = (family, tuple(sorted(options.items())))
+        if key not in made:
+            made[key] = build(tmp_path_factory.mktemp(family) / "checkpoint", family, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory, tiny_checkpoint):
+    """Give a function: family, codec and options of `checkpoints.build` → the store."""
+    from zipmoe.pack import pack_checkpoint  # noqa: PLC0415
+
+    made = {}
+
+    def make(family="qwen2_moe", codec="rank223", **options):
+        key = (family, codec, tuple(sorted(options.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{family}-{codec}") / "store"
+            pack_checkpoint(tiny_checkpoint(family, **options), made[key], codec=codec)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def store_copy(tiny_store, tmp_path):
+    """Give a function like `tiny_store` → a copy of that store, yours to damage."""
+
+    def make(*args, **options):
+        return shutil.copytree(tiny_store(*args, **options), tmp_path / "copy")
+
+    return make

@@ -86,7 +86,13 @@ class ExpertCache:
         reader: str = "",
         isa: str = "",
     ) -> None:
-        """capacity_bytes: all that it may allocate. reader "": io_uring if it works, else pread."""
+        """capacity_bytes: all that it may allocate. reader "": io_uring if it works, else pread.
+
+        "io_uring" and "pread" insist on one; "+direct" or "+buffered" after it on how files are
+        read. Raises BudgetError below `floor_bytes`, ValueError for names that are unknown or
+        do not work here. A process must not fork while it holds a cache: the child's calls raise
+        ValueError.
+        """
 
     @property
     def reader(self) -> str:
@@ -102,13 +108,23 @@ class ExpertCache:
     def floor_bytes(matrices: NDArray[np.uint64]) -> int:
         """Least capacity_bytes that works for these matrices."""
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """Start reading those that are absent, as far as slots allow; does not wait."""
+        """Start reading those that are absent, as far as slots allow; does not wait.
+
+        The others follow in the background as slots become free. What goes wrong surfaces at
+        `decode` of that expert. A later list replaces this one.
+        """
     def decode(self, layer: int, expert: int, matrix: int, out: NDArray[Any]) -> None:
         """Decode one matrix into `out` [rows, columns] of its element size (rows may be strided).
 
         Waits for the read if need be. Nothing is written to `out` from unverified bytes.
         """
     def counters(self) -> dict[str, int]:
-        """hits, misses, bytes_read, evictions, read_errors since the start."""
+        """hits, misses, bytes_read, evictions, read_errors, wait_ns, decode_ns since the start.
+
+        Hits and misses count visits: one begins when `prefetch` lists an expert or, if it has not,
+        when a matrix of it is decoded; it ends with the expert's last matrix. A hit found the record
+        in memory or its read under way. read_errors counts those that a retry cured too. wait_ns
+        and decode_ns are sums over calling threads.
+        """
     def close(self) -> None:
         """Free threads, files and memory. Idempotent. Any later call raises ValueError."""

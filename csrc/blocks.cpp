@@ -12,21 +12,37 @@ constexpr std::uint64_t kLineWords = 32;
 // From this size on a matrix is written past the caches.
 constexpr std::uint64_t kStreamBytes = std::uint64_t{1} << 20;
 
-// out[r * columns + c] = element (first_row + r, c), in squares that stay in the first cache.
+// A square of the source, transposed; written out by whole lines, because the rows of the target
+// may lie a power of two apart and would evict each other from the cache.
+struct Tile {
+  std::uint16_t words[kLineWords][kLineWords];
+
+  void read(const std::uint16_t* from, const Source& source, std::uint64_t rows,
+            std::uint64_t columns) {
+    for (std::uint64_t c = 0; c < columns; ++c, from += source.column_stride) {
+      if (source.row_stride == 1) {
+        for (std::uint64_t r = 0; r < rows; ++r) words[r][c] = from[r];
+      } else {
+        const std::uint16_t* word = from;
+        for (std::uint64_t r = 0; r < rows; ++r, word += source.row_stride) words[r][c] = *word;
+      }
+    }
+  }
+};
+
+// out[r * columns + c] = element (first_row + r, c).
 void transpose(const Source& source, std::uint64_t first_row, std::uint64_t rows,
                std::uint16_t* out) {
-  const std::uint64_t columns = source.columns;
-  for (std::uint64_t c0 = 0; c0 < columns; c0 += kLineWords) {
-    const std::uint64_t c1 = std::min(c0 + kLineWords, columns);
-    for (std::uint64_t r0 = 0; r0 < rows; r0 += kLineWords) {
-      const std::uint64_t r1 = std::min(r0 + kLineWords, rows);
-      for (std::uint64_t c = c0; c < c1; ++c) {
-        const std::uint16_t* from = source.data +
-                                    static_cast<std::ptrdiff_t>(c) * source.column_stride +
-                                    static_cast<std::ptrdiff_t>(first_row + r0) * source.row_stride;
-        for (std::uint64_t r = r0; r < r1; ++r, from += source.row_stride)
-          out[r * columns + c] = *from;
-      }
+  Tile tile;
+  for (std::uint64_t c = 0; c < source.columns; c += kLineWords) {
+    const std::uint64_t width = std::min(kLineWords, source.columns - c);
+    for (std::uint64_t r = 0; r < rows; r += kLineWords) {
+      const std::uint64_t height = std::min(kLineWords, rows - r);
+      tile.read(source.data + static_cast<std::ptrdiff_t>(c) * source.column_stride +
+                    static_cast<std::ptrdiff_t>(first_row + r) * source.row_stride,
+                source, height, width);
+      for (std::uint64_t k = 0; k < height; ++k)
+        std::memcpy(out + (r + k) * source.columns + c, tile.words[k], width * sizeof *out);
     }
   }
 }

@@ -1,5 +1,7 @@
 // A plain block of bytes that is neither zeroed nor copied without need.
 #pragma once
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -26,9 +28,22 @@ class Buffer {
     (void)bytes_.release();
     bytes_.reset(static_cast<std::uint8_t*>(grown));
     size_ = size;
+    if (size >= kHugeFrom) advise_huge_pages();
   }
 
  private:
+  static constexpr std::size_t kHugeFrom = std::size_t{4} << 20;
+  static constexpr std::uintptr_t kSmallPage = 4096;
+
+  // Faulting in small pages one by one takes longer than encoding what goes there. Only advice: a
+  // kernel that does not follow it changes nothing but the speed.
+  void advise_huge_pages() {
+    const auto begin =
+        (reinterpret_cast<std::uintptr_t>(data()) + kSmallPage - 1) & ~(kSmallPage - 1);
+    const auto end = (reinterpret_cast<std::uintptr_t>(data()) + size_) & ~(kSmallPage - 1);
+    (void)::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+
   struct Free {
     void operator()(std::uint8_t* p) const { std::free(p); }
   };

@@ -124,6 +124,10 @@ void encode_part(const Job& job, std::uint64_t begin, std::uint64_t end, Part& p
   BlockEncoder encode_block(job.codec, job.kernels);
   BlockPlanes planes{};
   part.first_block = begin * grid.k_tiles();
+  // Enough for all but the strangest matrices; untouched, it costs nothing.
+  constexpr std::uint64_t kMostReserved = std::uint64_t{1} << 27;
+  part.variable.reserve(
+      std::min((end - begin) * grid.row_group() * grid.columns() / 8, kMostReserved));
   for (std::uint64_t group = begin; group < end; ++group)
     for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
       const std::uint64_t first = grid.first_weight(group, tile);

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 QUESTIONS = (
     "What is the capital of France?",
-    "Why is the sky blue?",
-    "How do I make a cup of tea?",
+    "Write one sentence about the sea.",
+    "What is the opposite of hot?",
 )
 
 

@@ -122,9 +122,9 @@ class ExpertCache:
         """hits, misses, bytes_read, evictions, read_errors, wait_ns, decode_ns since the start.
 
         Hits and misses count visits: one begins when `prefetch` lists an expert or, if it has not,
-        when a matrix of it is decoded; it ends with the expert's last matrix. A hit found the record
-        in memory or its read under way. read_errors counts those that a retry cured too. wait_ns
-        and decode_ns are sums over calling threads.
+        when a matrix of it is decoded; it ends with the expert's last matrix. A hit found the
+        record in memory or its read under way. read_errors counts those that a retry cured too.
+        wait_ns and decode_ns are sums over calling threads.
         """
     def close(self) -> None:
         """Free threads, files and memory. Idempotent. Any later call raises ValueError."""

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zipmoe import _smollm, demo
 from zipmoe._errors import CheckpointError, SpaceError
@@ -81,11 +84,8 @@ def test_the_files_are_those_of_a_hub_checkpoint(small):
 
 
 def test_stock_transformers_builds_the_model_without_a_missing_weight(small):
-    transformers = pytest.importorskip("transformers")
     _, built, _ = small
-    _, report = transformers.AutoModelForCausalLM.from_pretrained(
-        built.folder, output_loading_info=True
-    )
+    _, report = AutoModelForCausalLM.from_pretrained(built.folder, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
@@ -138,7 +138,45 @@ def test_the_cache_folder_follows_the_desktop_convention(monkeypatch, tmp_path):
 
 
 @pytest.mark.soak
-def test_the_whole_demo_model_has_its_published_hash(tmp_path, soak_record):
-    built = demo.build_checkpoint(tmp_path)
-    soak_record("the demo model is the same bytes", sha256=built.sha256, bytes=built.size_bytes)
-    assert built.sha256 == SHA256
+def test_the_whole_demo_answers_with_paris_and_with_stock_s_tokens(tmp_path, soak_record):
+    """What `make demo` does without a terminal; takes 5 GB of disk and 4 GB of memory."""
+    done = subprocess.run(
+        [sys.executable, "-m", "zipmoe", "demo", "--json", "--folder", str(tmp_path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    folder = found["checkpoint"]["folder"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    equal = 0
+    for answer in found["answers"]:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": answer["question"]}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        tokens = stock.generate(**inputs, max_new_tokens=64, do_sample=False)[0].tolist()
+        equal += tokens[answer["prompt_tokens"] :] == answer["token_ids"]
+    soak_record(
+        "make demo",
+        sha256=found["checkpoint"]["sha256"],
+        checkpoint_bytes=found["checkpoint"]["source_bytes"],
+        store_bytes=found["store"]["store_bytes"],
+        ratio=found["store"]["ratio"],
+        answer=found["answers"][0]["text"],
+        memory_bytes=found["answers"][0]["memory_bytes"],
+        peak_rss_bytes=max(answer["peak_rss_bytes"] for answer in found["answers"]),
+        answers=len(found["answers"]),
+        answers_with_stock_s_token_ids=equal,
+    )
+    assert found["checkpoint"]["sha256"] == SHA256
+    assert found["store"]["ratio"] <= 0.69
+    assert "Paris" in found["answers"][0]["text"]
+    assert equal == len(found["answers"]) == 3
+    for answer in found["answers"]:
+        assert (
+            answer["peak_rss_bytes"] <= answer["memory_bytes"] < found["checkpoint"]["source_bytes"]
+        )

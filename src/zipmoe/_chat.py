@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ._errors import FetchError, ZipmoeError
@@ -33,6 +33,7 @@ class Chat:
         self._terminal, self._loaded, self._options = terminal, loaded, options
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._turns: list[Message] = []
+        self._interrupts = _Interrupts()
 
     def run(self) -> None:
         """Talk until the person leaves."""
@@ -40,54 +41,70 @@ class Chat:
             raise ZipmoeError(
                 "this model has no chat template: use `zipmoe generate`, which continues a text"
             )
+        with suppress(ImportError):
+            import readline  # noqa: F401, PLC0415 - gives input() a history and editing
+
         self._terminal.say(GREETING)
-        while (line := self._read()) is not None:
+        with self._interrupts:
+            while self._step():
+                pass
+
+    def _step(self) -> bool:
+        """Read a line and do what it asks; say whether the conversation goes on."""
+        try:
+            line = self._read()
             if line == "/new":
                 self._turns.clear()
                 self._terminal.say("(a new conversation)")
-            elif line.startswith("/") and " " not in line:
+            elif line is not None and line.startswith("/") and " " not in line:
                 self._terminal.say(f"(no command {line}; there are /new and /exit)")
             elif line:
                 self._turn(line)
+        except KeyboardInterrupt:  # at the prompt, or a second one during an answer
+            self._interrupts.count = 0
+            self._forget_open_question()
+            self._terminal.say("\n(/exit or Ctrl-D leaves)")
+            return True
+        return line is not None
 
     def _read(self) -> str | None:
         """Return the next line, or None when the person leaves."""
-        while True:
+        with self._interrupts.waiting():
             try:
                 line = input("> ") if sys.stdin.isatty() else sys.stdin.readline()
             except EOFError:
                 self._terminal.say("")
                 return None
-            except KeyboardInterrupt:
-                self._terminal.say("\n(/exit or Ctrl-D leaves)")
-                continue
-            if line == "" and not sys.stdin.isatty():
-                return None
-            line = line.strip()
-            return None if line in {"/exit", "/quit"} else line
+        if line == "" and not sys.stdin.isatty():
+            return None
+        line = line.strip()
+        return None if line in {"/exit", "/quit"} else line
 
     def _turn(self, line: str) -> None:
         self._turns.append({"role": "user", "content": line})
         if not self._fit():
-            self._turns.pop()
+            self._forget_open_question()
             return
-        with _stop_on_interrupt() as stopped:
-            try:
-                result = generate(
-                    self._loaded,
-                    [*self._opening, *self._turns],
-                    on_text=self._terminal.write,
-                    stop=stopped.__len__,
-                    **self._options,
-                )
-            except FetchError as error:  # one read failed; the engine and the conversation live on
-                self._terminal.say(f"\nzipmoe: {error}; ask again")
-                self._turns.pop()
-                return
+        try:
+            result = generate(
+                self._loaded,
+                [*self._opening, *self._turns],
+                on_text=self._terminal.write,
+                stop=lambda: self._interrupts.count,
+                **self._options,
+            )
+        except FetchError as error:  # one read failed; the engine and the conversation live on
+            self._forget_open_question()
+            self._terminal.say(f"\nzipmoe: {error}; ask again")
+            return
         self._terminal.write("\n")
-        if stopped:
+        if self._interrupts.count:
             self._terminal.say("(stopped)")
         self._turns.append({"role": "assistant", "content": result.text})
+
+    def _forget_open_question(self) -> None:
+        if self._turns and self._turns[-1]["role"] == "user":
+            self._turns.pop()
 
     def _fit(self) -> bool:
         """Drop the oldest turns until question and answer fit into the context; say so."""
@@ -115,20 +132,33 @@ class Chat:
         return len(encoded["input_ids"])
 
 
-@contextmanager
-def _stop_on_interrupt() -> Iterator[list[int]]:
-    """While inside, Ctrl-C fills the list that is given, and interrupts nothing by force.
+class _Interrupts:
+    """Ctrl-C while inside: raises at the prompt, and otherwise is counted.
 
-    A second Ctrl-C before the answer has stopped is an ordinary one.
+    Whoever generates asks for the count between tokens, where stopping leaves everything whole. A
+    second one before that raises too.
     """
-    signals: list[int] = []
 
-    def note(number: int, _frame: object) -> None:
-        signals.append(number)
-        signal.signal(signal.SIGINT, before)
+    def __init__(self) -> None:
+        self.count = 0
+        self._raises = False
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.count += 1
+        if self._raises or self.count > 1:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While inside, a person is asked for a line."""
+        self.count, self._raises = 0, True
+        try:
+            yield
+        finally:
+            self._raises = False

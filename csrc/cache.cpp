@@ -125,10 +125,7 @@ void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> e
   const Lock lock(mutex_);
   check_usable();
   residency_.list(records);
-  for (const std::uint32_t record : records) {
-    count_visit(record);
-    failed_.erase(record);  // this asks for another try
-  }
+  for (const std::uint32_t record : records) count_visit(record);
   wanted_.assign(records.begin(), records.end());
   start_wanted();
 }
@@ -239,7 +236,7 @@ bool ExpertCache::start_read(std::uint32_t expert, Victim victim) {
   const auto slot = residency_.take(expert, victim);
   if (!slot) return false;
   reads_[*slot] = std::move(read);
-  failed_.erase(expert);
+  failed_.erase(expert);  // what went wrong before is tried again
   try {
     submit(*slot);
   } catch (...) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,21 @@ def test_damage_to_a_prefetched_expert_surfaces_when_it_is_used(shards):
         cache.decode(0, 1, 0, np.zeros_like(shards.weights[0, 1, 0]))
     assert (error.value.layer, error.value.expert) == (0, 1)
     shards.check_expert(cache, 0, 0)
+    cache.close()
+
+
+def test_a_failed_prefetch_is_tried_again_when_listed_again(shards):
+    path, offset, _ = shards.record(0, 1)
+    flip_bit(path, offset)
+    cache = shards.open(slots=2)
+    cache.prefetch(0, [1])
+    deadline = time.monotonic() + 30
+    while cache.counters()["read_errors"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    flip_bit(path, offset)
+    cache.prefetch(0, [1])
+    shards.check_expert(cache, 0, 1)
+    assert cache.counters()["read_errors"] == 2
     cache.close()
 
 

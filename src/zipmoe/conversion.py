@@ -93,7 +93,7 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
     sources = _expert_sources(checkpoint, model, {path for path, _ in modules})
     layers = tuple(
         _expert_layer(number, path, module, sources)
-        for number, (path, module) in enumerate(modules)
+        for number, (path, module) in enumerate(_without_tied(modules, sources))
     )
     shapes = {key: source.place.shape for key, source in checkpoint.tensors.items()}
     try:
@@ -147,6 +147,18 @@ def _expert_modules(model: Any) -> Iterator[tuple[str, Any]]:
         own = dict(module.named_parameters(recurse=False))
         if "down_proj" in own and own["down_proj"].dim() == 3 and _up_name(own) is not None:
             yield path, module
+
+
+def _without_tied(
+    modules: list[tuple[str, Any]], sources: dict[str, symbolic.Symbolic]
+) -> list[tuple[str, Any]]:
+    """Drop modules that only share the parameters of one that the checkpoint holds."""
+    held = {id(module.down_proj) for path, module in modules if f"{path}.down_proj" in sources}
+    return [
+        (path, module)
+        for path, module in modules
+        if f"{path}.down_proj" in sources or id(module.down_proj) not in held
+    ]
 
 
 def _up_name(parameters: dict[str, Any]) -> str | None:

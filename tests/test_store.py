@@ -1,5 +1,6 @@
 """The store's reader against an independent one, and against every way of breaking a rule."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -17,7 +18,9 @@ from safetensors import safe_open
 
 from zipmoe import _core
 from zipmoe._errors import CorruptError, FormatError, MismatchError
+from zipmoe.pack import pack_checkpoint
 from zipmoe.store import open_store
+from zipmoe.unpack import unpack_store
 from zipmoe.verify import verify_store
 
 CODECS = ["raw", "rank223", "rank3", "rank4", "zstd", "lz4hc"]
@@ -432,3 +435,23 @@ def test_closing_frees_the_files_and_a_refused_store_leaves_none_open(store_copy
     with pytest.raises(MismatchError):
         open_store(folder)
     assert open_files() == before
+
+
+# A store written by the first version, kept as it was
+
+GOLDEN = Path(__file__).parent / "golden" / "0.1"
+
+
+def test_the_golden_store_is_read_by_both_readers_and_unpacks_to_its_checksums(tmp_path):
+    assert verify_store(GOLDEN).errors == []
+    sums = json.loads((GOLDEN / "source.json").read_text())["tensors"]
+    restored = oracle.restore_tensors(GOLDEN)
+    assert {key: hashlib.sha256(data).hexdigest() for key, data in restored.items()} == sums
+    unpack_store(GOLDEN, tmp_path / "back")
+
+
+def test_packing_the_golden_checkpoint_gives_the_golden_shards(tmp_path):
+    unpack_store(GOLDEN, tmp_path / "back")
+    pack_checkpoint(tmp_path / "back", tmp_path / "again")
+    for shard in GOLDEN.glob("*.safetensors"):
+        assert (tmp_path / "again" / shard.name).read_bytes() == shard.read_bytes()

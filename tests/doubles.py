@@ -6,14 +6,12 @@ experts function can be tested apart from the format, and faults can be set off 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -56,7 +54,7 @@ def matrices(module: Any, expert: int) -> dict[str, torch.Tensor]:
 
 
 class FakeCache:
-    """`zipmoe._core.ExpertCache` over tensors in memory. `fail` may hold an error for the n-th decode."""
+    """Like `zipmoe._core.ExpertCache`. `fail` may hold an error for the n-th decode."""
 
     reader, isa = "memory", "none"
 
@@ -76,11 +74,11 @@ class FakeCache:
         if self.decoded in self.fail:
             raise self.fail[self.decoded]
         source = self.weights[layer, expert][matrix]
-        assert out.shape == source.shape and out.itemsize == source.itemsize
+        assert (out.shape, out.itemsize) == (source.shape, source.itemsize)
         out[...] = source
 
     def counters(self) -> dict[str, int]:
-        return dict(hits=0, misses=self.decoded, bytes_read=0, evictions=0, read_errors=0)
+        return {"hits": 0, "misses": self.decoded, "bytes_read": 0}
 
     def close(self) -> None:
         self.closed = True
@@ -92,91 +90,3 @@ def fake_weights(model: torch.nn.Module) -> dict[tuple[int, int], list[np.ndarra
         for layer, (_, module) in enumerate(expert_modules(model))
         for expert in range(module.down_proj.shape[0])
     }
-
-
-class FakeStore:
-    """`zipmoe.store.Store` over a checkpoint that `save_pretrained` wrote and the model loaded from it."""
-
-    def __init__(self, folder: Path, checkpoint: Path, stock: torch.nn.Module) -> None:
-        self.path = folder
-        self.manifest = SimpleNamespace(codec={"experts": "raw", "dense": "raw"})
-        self.stock, self.layers = stock, []
-        for name, module in expert_modules(stock):
-            shapes = [
-                SimpleNamespace(role=role, rows=w.shape[0], columns=w.shape[1])
-                for role, w in matrices(module, 0).items()
-            ]
-            count = module.down_proj.shape[0]
-            self.layers.append(SimpleNamespace(module=name, experts=count, matrices=shapes))
-        self.files, self.phases = {}, {}
-        for path in sorted(checkpoint.glob("*.safetensors")):
-            handle = safe_open(path, "pt")
-            self.files.update({key: handle for key in handle.keys()})
-            raw = path.read_bytes()
-            length = int.from_bytes(raw[:8], "little")
-            for key, entry in json.loads(raw[8 : 8 + length]).items():
-                if key != "__metadata__":
-                    self.phases[key] = (8 + length + entry["data_offsets"][0]) % 64
-
-    @property
-    def source(self) -> Any:
-        return SimpleNamespace(
-            places=lambda: {k: ("", SimpleNamespace(start=v)) for k, v in self.phases.items()}
-        )
-
-    def __enter__(self) -> FakeStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def expert_dtypes(self, layer: int) -> tuple[str, ...]:
-        return (NAMES[self.stock.get_submodule(self.layers[layer].module).down_proj.dtype],)
-
-    def expert_table(self) -> tuple[list[str], np.ndarray]:
-        rows = [
-            [
-                layer,
-                expert,
-                m,
-                0,
-                0,
-                2,
-                shape.rows,
-                shape.columns,
-                0,
-                0,
-                0,
-                2 * shape.rows * shape.columns,
-                0,
-                0,
-                0,
-                0,
-            ]
-            for layer, entry in enumerate(self.layers)
-            for expert in range(entry.experts)
-            for m, shape in enumerate(entry.matrices)
-        ]
-        return ["none"], np.array(rows, np.uint64)
-
-    def dense_tensors(self) -> list[Any]:
-        out = []
-        for key, handle in self.files.items():
-            if any(part in key for part in ("experts.", "gate_up_proj")) and not any(
-                part in key for part in ("bias", "shared", "norm")
-            ):
-                continue
-            piece = handle.get_slice(key)
-            tensor = handle.get_tensor(key)
-            out.append(
-                SimpleNamespace(
-                    name=key,
-                    dtype=piece.get_dtype(),
-                    shape=tuple(piece.get_shape()),
-                    decoded_bytes=tensor.nbytes,
-                )
-            )
-        return out
-
-    def read_dense(self, name: str) -> np.ndarray:
-        return bits(self.files[name].get_tensor(name))

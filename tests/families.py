@@ -28,8 +28,8 @@ LOOK_ALIKES = ("longcat_flash", "step3p7")
 # Families whose experts are of another shape; `zipmoe pack` names them and what works instead.
 REFUSED = {
     "dbrx": "its experts are one flat matrix, multiplied by a forward of its own",
-    "jetmoe": "its experts (and its attention's) are run by a forward of its own that visits all of them",
-    "llama4": "it multiplies every token by every expert, so nothing is gained by keeping experts out of memory",
+    "jetmoe": "its experts, and its attention's, are run by a forward of its own that visits all",
+    "llama4": "it multiplies every token by every expert: none could stay out of memory",
     "nllb_moe": "an encoder-decoder whose experts are modules of their own",
     "switch_transformers": "an encoder-decoder whose experts are modules of their own",
 }
@@ -237,10 +237,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def small_config(family: Family) -> Any:
-    """Tiny config of a family, made from its default one."""
-    config_class = CONFIG_MAPPING[family.model_type]
-    return config_class(**_small_fields(config_class(), OVERRIDES.get(family.name, {})))
+def small_config(family: Family, *, tied: bool | None = None) -> Any:
+    """Tiny config of a family, made from its default one; embeddings tied or not, or as it is."""
+    default = CONFIG_MAPPING[family.model_type]()
+    fields = _small_fields(default, OVERRIDES.get(family.name, {}))
+    if tied is not None:
+        for part in (fields, fields.get("text_config")):
+            if part is not None:
+                part["tie_word_embeddings"] = tied
+    return type(default)(**fields)
 
 
 def _small_fields(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -262,16 +267,23 @@ def _small_fields(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     return {**overrides, **small}
 
 
-def write_checkpoint(family: Family, folder: Path, seed: int = 0) -> None:
-    """Write a sharded checkpoint of random weights as `save_pretrained` does, with routers that spread.
+def write_checkpoint(
+    family: Family,
+    folder: Path,
+    seed: int = 0,
+    *,
+    tied: bool | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a sharded checkpoint of random weights, with routers that spread.
 
     Tied embeddings, FP32 routers and the like come out as stock transformers keeps them.
     """
     torch.manual_seed(seed)
     auto = getattr(transformers, family.auto)
     first = folder / "first"
-    auto.from_config(small_config(family), dtype=torch.bfloat16).save_pretrained(first)
-    model = auto.from_pretrained(first, dtype=torch.bfloat16)  # casts what is kept in FP32
+    auto.from_config(small_config(family, tied=tied), dtype=dtype).save_pretrained(first)
+    model = auto.from_pretrained(first, dtype=dtype)  # casts what is kept in FP32
     shutil.rmtree(first)
     randomise(model)
     model.generation_config.eos_token_id = None
@@ -280,7 +292,7 @@ def write_checkpoint(family: Family, folder: Path, seed: int = 0) -> None:
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Give every weight a value of its own, large enough that routing and attention are not degenerate."""
+    """Give every weight a value large enough that routing and attention are not degenerate."""
     for weight in model.parameters():
         noise = torch.randn(weight.shape)
         if weight.dim() >= 2:
@@ -291,7 +303,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 @dataclass
 class Answers:
-    """What a model says: logits of the prompt and of every new token, and the tokens, per batch size."""
+    """What a model says, per batch size: logits of the prompt, tokens, logits of each new one."""
 
     prompt: dict[int, torch.Tensor]
     tokens: dict[int, torch.Tensor]

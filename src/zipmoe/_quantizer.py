@@ -228,7 +228,6 @@ class ZipmoeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _refuse_missing(model)
         _forget_quantised(model)
-        model.requires_grad_(False)
         tensors = [*model.parameters(), *model.buffers()]
         self._dense.release_all_but((t.data_ptr(), t.numel() * t.element_size()) for t in tensors)
         self._dense.close()

@@ -142,11 +142,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _expert_modules(model: Any) -> Iterator[tuple[str, Any]]:
-    """Modules that hold routed experts: three-dimensional down_proj and gate_up_proj or up_proj."""
+    """Modules that hold routed experts: three-dimensional down_proj and gate_up_proj or up_proj.
+
+    Where transformers' experts interface decorates some, others of that shape are not routed
+    (inkling's shared experts). Modules tied to another (diffusion_gemma's) are not stored twice.
+    """
+    found = []
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if "down_proj" in own and own["down_proj"].dim() == 3 and _up_name(own) is not None:
-            yield path, module
+        tied = f"{path}.down_proj" in model.all_tied_weights_keys
+        if "down_proj" in own and own["down_proj"].dim() == 3 and _up_name(own) and not tied:
+            found.append((path, module))
+    decorated = [(path, module) for path, module in found if hasattr(module, "has_gate")]
+    yield from decorated or found
 
 
 def _without_tied(

@@ -260,8 +260,6 @@ def experts_forward(
         return torch.empty_like(hidden)  # a skeleton is run for its shapes
     if hidden.device.type != "cpu":
         raise RuntimeError(f"zipmoe runs on the CPU; the hidden states are on {hidden.device}")
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise RuntimeError("zipmoe is for inference: its experts have no gradients")
     with torch.no_grad(), standin.source.lock:
         ids, order = torch.sort(top_k_index.reshape(-1))
         groups = _groups(ids, self.num_experts)
@@ -269,7 +267,26 @@ def experts_forward(
         if self.has_post_expert_norm:
             out = self.post_expert_norm(out)
         out[groups[-1][2] if groups else 0 :] = 0  # rows of no expert
-        return _combine(out, order, top_k_weights).to(hidden.dtype)
+        total = _combine(out, order, top_k_weights).to(hidden.dtype)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        total = _NoGradient.apply(total, hidden)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _NoGradient(torch.autograd.Function):
+    """Lets a forward pass with gradients enabled through, and refuses the backward pass.
+
+    Parameters keep requires_grad as transformers sets it, as torch chooses between kernels by it
+    (matmul folds its operands when the second requires gradients), and bits depend on kernels.
+    """
+
+    @staticmethod
+    def forward(_: Any, total: Tensor, __: Tensor) -> Tensor:
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(_: Any, *__: Tensor) -> NoReturn:
+        raise RuntimeError("zipmoe is for inference: its experts have no gradients")
 
 
 def _groups(ids: Tensor, num_experts: int) -> list[tuple[int, int, int]]:

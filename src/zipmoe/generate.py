@@ -107,6 +107,12 @@ def generate(
             stopping_criteria=StoppingCriteriaList([_Stop(stop)] if stop else []),
             **_sampling(loaded, temperature),
         )
+    return _result(loaded, stream, before, prompt_tokens, started)
+
+
+def _result(
+    loaded: Loaded, stream: _Stream, before: dict[str, int], prompt_tokens: int, started: float
+) -> GenerateResult:
     text = stream.finish()
     after = loaded.runtime.cache.counters()
     times = stream.times

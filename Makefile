@@ -31,7 +31,8 @@ format: $(STAMPS)/build ## format all code
 	$(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h
 
 bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/results
-	$(RUN) benchmarks/codec.py
+	$(RUN) benchmarks/codec.py --out benchmarks/results/codec.json
+	$(RUN) benchmarks/pack.py --out benchmarks/results/pack.json
 
 soak: $(STAMPS)/build ## run the full volumes of the acceptance points (hours); report in benchmarks/results
 	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report benchmarks/results/soak.json
@@ -52,7 +53,7 @@ $(STAMPS)/packages: $(STAMPS)/venv pyproject.toml tools/fetch_deps.py
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/packages $(CORE)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install -q --disable-pip-version-check \
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install -qq --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -36,7 +36,7 @@ ARCHIVES = {
 def download(requirement: str, folder: Path) -> Path:
     """Fetch the source archive of `requirement` by pip into `folder` and return its path."""
     name = requirement.partition("==")[0]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
     subprocess.run([*command, "--no-binary", name, "--dest", str(folder), requirement], check=True)
     return next(folder.glob(f"{name}-*.tar.gz"))
 

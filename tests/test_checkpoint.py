@@ -100,6 +100,20 @@ def test_code_that_comes_with_a_checkpoint_is_never_run(copy):
     assert not trap.exists()
 
 
+def test_a_config_that_breaks_the_models_code_is_refused(copy):
+    folder = copy()
+    edit_json(folder / "config.json", lambda c: c.update(hidden_size=-4))
+    with pytest.raises(CheckpointError, match=r"cannot build|does not run code|has shape"):
+        pack_checkpoint(folder, folder.parent / "s")
+
+
+def test_numbers_too_long_to_read_are_refused(copy):
+    folder = copy()
+    (folder / "config.json").write_text('{"a": ' + "1" * 5000 + "}")
+    with pytest.raises(CheckpointError, match="not usable JSON"):
+        open_checkpoint(folder)
+
+
 # Headers
 
 

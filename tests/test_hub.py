@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hub_server import COMMIT, serve
@@ -99,6 +100,12 @@ def test_what_the_hub_does_not_have_is_said(name, said, hub, tmp_path):
 
 def test_a_revision_can_be_named(hub, tmp_path):
     assert resolve(hub, "org/model@main", tmp_path / "cache").endswith(COMMIT)
+
+
+def test_a_hub_that_cannot_be_reached_is_said(tmp_path):
+    closed = SimpleNamespace(endpoint="http://127.0.0.1:9")
+    said = resolve(closed, "org/model", tmp_path / "cache")
+    assert said.startswith("CheckpointError cannot get org/model from the hub")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./org/name", "/no/folder", "org/na me"])

@@ -238,6 +238,27 @@ def test_a_torn_journal_is_believed_up_to_the_tear(
         assert content(again) == content(tiny_store("qwen2_moe"))
 
 
+def test_an_unfinished_pack_whose_shard_was_cut_or_lost_is_refused(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(zipmoe.pack, "BATCH_BYTES", 1)
+    store = tmp_path / "s"
+    with pytest.raises(Stop):
+        pack_checkpoint(tiny_checkpoint("qwen2_moe"), store, progress=stop_after(9))
+    os.truncate(store / "experts-00001.safetensors", 100_000)
+    with pytest.raises(MismatchError, match="100000 bytes where the journal says"):
+        pack_checkpoint(tiny_checkpoint("qwen2_moe"), store)
+    (store / "experts-00001.safetensors").unlink()
+    with pytest.raises(MismatchError, match="0 bytes where the journal says"):
+        pack_checkpoint(tiny_checkpoint("qwen2_moe"), store)
+
+
+def test_a_store_that_cannot_be_written_is_a_typed_error(tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="cannot write"):
+        pack_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "file" / "store")
+
+
 def test_the_unfinished_pack_of_another_checkpoint_or_codec_is_refused(tiny_checkpoint, tmp_path):
     store = tmp_path / "s"
     with pytest.raises(Stop):

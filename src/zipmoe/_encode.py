@@ -87,9 +87,12 @@ class Encoder:
         flat = out.reshape(-1).view(np.uint8)
         done = 0
         while done < flat.size:
-            got = os.preadv(self._fds[source.shard], [flat[done:].data], start + done)
+            path = self._plan.checkpoint.shards[source.shard].path
+            try:
+                got = os.preadv(self._fds[source.shard], [flat[done:].data], start + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error}") from error
             if got == 0:
-                path = self._plan.checkpoint.shards[source.shard].path
                 raise CheckpointError(f"{path} became shorter while it was packed")
             done += got
         if start + done != stop:

@@ -49,7 +49,10 @@ def hash_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> Fil
 def _chunks(fd: int, start: int, stop: int, shard: Shard) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(min(CHUNK_BYTES, stop - start)))
     while start < stop:
-        got = os.preadv(fd, [buffer[: stop - start]], start)
+        try:
+            got = os.preadv(fd, [buffer[: stop - start]], start)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {shard.path}: {error}") from error
         if got == 0:
             raise CheckpointError(f"{shard.path} became shorter while it was packed")
         start += got

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import xxhash
 
+from zipmoe._disk import sync_folder
 from zipmoe._errors import MismatchError, StoreError
 from zipmoe._index import ENTRY
 from zipmoe.store import JOURNAL
@@ -124,6 +125,7 @@ class Journal:
         if not facts:
             self._append(self.identity)
             os.fsync(self._fd)
+            sync_folder(self.folder)
             return
         if facts[0] != self.identity:
             raise MismatchError(

@@ -104,7 +104,7 @@ class Manifest:
         sound = tail is not None and xxhash.xxh3_64_hexdigest(body).encode() == tail.group(1)
         try:
             content = json.loads(data.decode(), object_pairs_hook=unique_keys)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, HeaderError) as error:
+        except (ValueError, RecursionError, HeaderError) as error:
             raise CorruptError(f"the manifest is not JSON: {error}", file=MANIFEST) from error
         if not isinstance(content, dict) or content.get("format") != "zipmoe":
             raise FormatError(f"{MANIFEST} is not the manifest of a zipmoe store")

@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 
 from zipmoe import _index
-from zipmoe._errors import CorruptError, FetchError
+from zipmoe._disk import sync_folder, write_all
+from zipmoe._errors import CorruptError, FetchError, MismatchError
 from zipmoe._index import ENTRY, INDEX_NAME, PAGE, ceil_to
 from zipmoe._manifest import FORMAT_VERSION, ShardInfo
 from zipmoe._safetensors import (
@@ -193,7 +194,16 @@ class ShardWriter:
         self._entries = list(done)
         self._fd = os.open(folder / plan.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._end = self._end_of(done[-1]) if done else plan.data_start
+        there = os.fstat(self._fd).st_size
+        if done and there < self._end:
+            self.close()
+            raise MismatchError(
+                f"{folder / plan.name} has {there} bytes where the journal says {self._end}: "
+                "it was changed since; delete the folder and pack again"
+            )
         os.ftruncate(self._fd, self._end)
+        if not done:
+            sync_folder(folder)  # the journal may only speak of files that keep their name
 
     @staticmethod
     def _end_of(entries: NDArray[Any]) -> int:
@@ -255,18 +265,6 @@ class ShardWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def write_all(fd: int, buffers: Sequence[Any], offset: int) -> None:
-    """Write buffers one after the other at `offset`, however little the system takes at once."""
-    queue = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-    while queue:
-        written = os.pwritev(fd, queue[:64], offset)
-        offset += written
-        while queue and written >= len(queue[0]):
-            written -= len(queue.pop(0))
-        if queue and written:
-            queue[0] = queue[0][written:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,6 @@ class Source:
             KeyError,
             RecursionError,
             TypeError,
-            UnicodeDecodeError,
             ValueError,
         ) as error:
             raise CorruptError(f"malformed: {error!r}", file=SOURCE) from error

@@ -194,7 +194,7 @@ def _refuse_quantised(config: dict[str, Any], root: Path) -> None:
 def _read_json(file: SmallFile) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(file).decode("utf-8"), object_pairs_hook=unique_keys)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, HeaderError) as error:
+    except (ValueError, RecursionError, HeaderError) as error:
         raise CheckpointError(f"{file.path} is not usable JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.path} is not a JSON object")

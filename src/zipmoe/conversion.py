@@ -82,8 +82,13 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
         Tensors that the model needs are missing or have another shape.
     """
     config, model_class = _model_class(checkpoint)
-    with _quiet(), torch.device("meta"):
-        model = model_class(config)
+    try:
+        with _quiet(), torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # whatever a strange config makes of the model's code
+        raise CheckpointError(
+            f"transformers cannot build {model_class.__name__} from {checkpoint.folder}: {error!r}"
+        ) from error
     modules = list(_expert_modules(model))
     if not modules:
         raise UnsupportedModelError(

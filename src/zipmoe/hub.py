@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from zipmoe._errors import CheckpointError, UnsupportedModelError
+from zipmoe._errors import CheckpointError, UnsupportedModelError, ZipmoeError
 
 __all__ = ["resolve_checkpoint"]
 
@@ -40,7 +39,9 @@ def resolve_checkpoint(source: str | os.PathLike[str]) -> Path:
         info = HfApi().model_info(repo, revision=revision or None)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=_wanted(repo, names)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except ZipmoeError:
+        raise
+    except Exception as error:  # the client raises its own kinds and those of its HTTP library
         raise CheckpointError(f"cannot get {name} from the hub: {error}") from error
 
 

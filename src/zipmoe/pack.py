@@ -6,7 +6,6 @@ journal; the manifest comes last, by rename. docs/decisions/0007-packing-and-res
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -16,12 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zipmoe import __version__
+from zipmoe._disk import sync_folder, typed_write_errors, write_all
 from zipmoe._encode import Encoder
 from zipmoe._errors import CheckpointError, MismatchError, SpaceError
 from zipmoe._hashing import HashThread, hash_shard
@@ -36,7 +35,7 @@ from zipmoe._manifest import (
     is_plain_name,
 )
 from zipmoe._plan import PackPlan, make_plan
-from zipmoe._shard import CodedMatrix, RecordPlan, ShardPlan, ShardWriter, write_all
+from zipmoe._shard import CodedMatrix, RecordPlan, ShardPlan, ShardWriter
 from zipmoe._source import SOURCE, Source, SourceFile
 from zipmoe.checkpoint import INDEX_NAME, SmallFile, open_checkpoint, read_bytes
 from zipmoe.conversion import plan_model
@@ -98,10 +97,12 @@ def pack_checkpoint(
     plan = make_plan(checkpoint, plan_model(checkpoint), codec)
     folder = Path(store)
     if not (folder / MANIFEST).exists():
-        _prepare(folder, plan)
-        with Journal.open(folder, plan.identity()) as journal, _disk_full_is_space_error(folder):
-            _check_space(folder, plan)
-            _write_store(folder, plan, journal, jobs or _cores(), progress)
+        then = "run the same command again, it continues where it stopped"
+        with typed_write_errors(folder, then):
+            _prepare(folder, plan)
+            with Journal.open(folder, plan.identity()) as journal:
+                _check_space(folder, plan)
+                _write_store(folder, plan, journal, jobs or _cores(), progress)
     else:
         _require_same(folder, plan)
     (folder / JOURNAL).unlink(missing_ok=True)
@@ -139,19 +140,6 @@ def _check_space(folder: Path, plan: PackPlan) -> None:
             f"packing may take {needed:,} bytes in {folder} (if nothing shrinks) "
             f"and {free:,} are free: make room or choose another disk"
         )
-
-
-@contextmanager
-def _disk_full_is_space_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise SpaceError(
-            f"the disk of {folder} is full: make room and run the same command again, "
-            "it continues where it stopped"
-        ) from error
 
 
 def _write_store(
@@ -303,9 +291,9 @@ def _finish(folder: Path, plan: PackPlan, journal: Journal, shards: list[ShardIn
     )
     temporary = f".{MANIFEST}.tmp"
     _write(folder, temporary, manifest.dump())
-    _sync_folder(folder)
+    sync_folder(folder)
     (folder / temporary).rename(folder / MANIFEST)
-    _sync_folder(folder)
+    sync_folder(folder)
     journal.remove()
 
 
@@ -355,14 +343,6 @@ def _write(folder: Path, name: str, data: bytes) -> FileInfo:
     finally:
         os.close(fd)
     return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _require_same(folder: Path, plan: PackPlan) -> None:

@@ -5,26 +5,25 @@ Files are written under temporary names and renamed when they have been read bac
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zipmoe._disk import typed_write_errors, write_all
 from zipmoe._errors import CorruptError, MismatchError, SpaceError
 from zipmoe._hashing import hash_shard
-from zipmoe._shard import write_all
 from zipmoe._source import SOURCE, SourceFile, prove_recipes
 from zipmoe.checkpoint import Shard
 from zipmoe.recipe import SliceKey, restore
 from zipmoe.store import Store, open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
@@ -66,7 +65,7 @@ def unpack_store(
     """
     started = time.monotonic()
     target = Path(folder)
-    with open_store(store) as opened, _disk_full_is_space_error(target):
+    with open_store(store) as opened, typed_write_errors(target, "unpack again"):
         _prepare(opened, target)
         unpacker = _Unpacker(opened, target, progress)
         unpacker.run()
@@ -78,16 +77,6 @@ def unpack_store(
             seconds=time.monotonic() - started,
             left_out=list(source.left_out),
         )
-
-
-@contextmanager
-def _disk_full_is_space_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise SpaceError(f"the disk of {folder} is full: make room and unpack again") from error
 
 
 def _prepare(store: Store, folder: Path) -> None:

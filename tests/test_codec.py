@@ -158,6 +158,14 @@ def test_a_target_with_strided_columns_is_refused():
         )
 
 
+def test_a_read_only_target_is_refused():
+    coded = _core.encode("rank3", w.gaussian((64, 64)))
+    out = np.zeros((64, 64), np.uint16)
+    out.flags.writeable = False
+    with pytest.raises(TypeError):
+        _core.decode("rank3", coded.extents, out, row_group=64, k_tile=64)
+
+
 def test_xxh3_is_that_of_the_library():
     data = w.random_bits((300, 1000)).view(np.uint8).reshape(-1)
     for length in (0, 1, 3, 8, 16, 17, 128, 129, 240, 241, 1024, 4096, 99_999, 600_000):

@@ -178,10 +178,6 @@ class Arm:
     to_memcpy: list[float] = field(default_factory=list)
     to_zipnn: list[float] = field(default_factory=list)
 
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.codec, self.isa, self.threads
-
     def measure(self, pool: ThreadPoolExecutor) -> float:
         """Run once and return GB/s of BF16."""
         self.prepare()
@@ -281,11 +277,8 @@ def verify_all(arms: list[Arm], matrices: Matrices) -> None:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
+    kinds = {"median": statistics.median, "min": min, "max": max}
+    return {name: round(kind(values), 3) for name, kind in kinds.items()}
 
 
 def report(arm: Arm) -> dict[str, object]:
@@ -342,7 +335,21 @@ def print_tables(result: dict) -> None:
         print(f"{row['data']:12}{shape:12}{row['codec']:9}{row['bits']:8.3f}  {row['stored_as']}")
 
 
+def check_memory(megabytes: int) -> None:
+    """Leave with a message where the working set and all its coded forms would not fit."""
+    needed = 10 * megabytes * 10**6
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    available *= 1024
+    if needed > available:
+        raise SystemExit(
+            f"{needed / 1e9:.1f} GB of memory are needed and {available / 1e9:.1f} GB available: "
+            f"use --megabytes {available // 10**7} or less"
+        )
+
+
 def run(options: argparse.Namespace) -> dict[str, object]:
+    check_memory(options.megabytes)
     count = max(2, -(-options.megabytes * 10**6 // MATRIX_BYTES))
     cores = min(2, len(os.sched_getaffinity(0)))
     matrices = Matrices(count)

@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import (
 
 from zipmoe import budget
 from zipmoe._errors import FormatError
-from zipmoe._quantizer import METHOD, LoadOptions, Runtime, loading
+from zipmoe._quantizer import LoadOptions, Runtime, loading
+from zipmoe.store import open_store
 
 if TYPE_CHECKING:
     import os
@@ -121,13 +122,8 @@ def load(
         compute=compute,
     )
     folder = Path(store)
-    if not (folder / "config.json").is_file():
-        raise FormatError(f"{folder} is not a zipmoe store: it has no config.json")
+    open_store(folder).close()  # transformers reads nothing that has not been verified
     config = AutoConfig.from_pretrained(folder)
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") != METHOD:
-        raise FormatError(
-            f"{folder} is not a zipmoe store: pack the checkpoint first (`zipmoe pack`)"
-        )
     _tell_malloc()
     tokenizer = None
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):

@@ -1,0 +1,117 @@
+"""Flipped bits and cut files: no token ever comes from unverified bytes."""
+
+import os
+import random
+
+import pytest
+from test_store_damage import CUTS, FLIPS, flip, weighted
+
+from zipmoe._errors import StoreError
+from zipmoe.store import open_store
+
+PROMPT = [[5, 17]]
+NEW_TOKENS = 3
+
+
+class Visits:
+    """Stands before an expert cache and notes what is decoded."""
+
+    def __init__(self, cache):
+        self.cache, self.seen = cache, set()
+
+    def decode(self, layer, expert, matrix, out):
+        self.seen.add((layer, expert))
+        self.cache.decode(layer, expert, matrix, out)
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
+
+
+def answer(folder):
+    """Tokens of a fixed prompt, and which experts they took."""
+    import torch  # noqa: PLC0415
+
+    from zipmoe.model import load  # noqa: PLC0415
+
+    with load(folder, memory="8GB") as loaded:
+        source = loaded.runtime.source
+        source.cache = visits = Visits(source.cache)
+        ids = torch.tensor(PROMPT)
+        out = loaded.model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        return out[0].tolist(), visits.seen
+
+
+def unread(folder, seen):
+    """Byte ranges of expert shards that an answer with these experts has no need of, by file."""
+    ranges = {}
+    with open_store(folder) as store:
+        for layer, expert, shard, rows in store.expert_records():
+            if (layer, expert) in seen:
+                continue
+            extents = shard.entries[rows]["extents"][:, :2, :2].astype(int)
+            ends = [offset + -(-length // 4096) * 4096 for offset, length in extents.reshape(-1, 2)]
+            start, end = extents[0, 0, 0], max(ends)
+            ranges.setdefault(shard.info.name, []).append((start, end))
+    return ranges
+
+
+def outcome(folder, expected):
+    """Whether the damaged store is refused; if not, the answer must be the sound store's."""
+    try:
+        tokens, _ = answer(folder)
+    except StoreError:
+        return True
+    assert tokens == expected
+    return False
+
+
+def count_flips(folder, rng, flips):
+    """Returns how many flips touched what is read, and how many of those were refused."""
+    expected, seen = answer(folder)
+    spared = unread(folder, seen)
+    assert spared, "the prompt visits every expert: nothing is left that need not be read"
+    files = sorted(folder.iterdir())
+    touched = refused = 0
+    for number in range(flips):
+        path = rng.choice(files) if number % 2 else weighted(files, rng)
+        bit = rng.randrange(8 * path.stat().st_size)
+        needless = any(a <= bit // 8 < b for a, b in spared.get(path.name, ()))
+        flip(path, bit)
+        was_refused = outcome(folder, expected)
+        flip(path, bit)
+        touched += not needless
+        refused += was_refused and not needless
+    assert answer(folder)[0] == expected
+    return touched, refused
+
+
+def count_cuts(folder, rng, cuts):
+    """Every cut changes a length, so that every one must be refused."""
+    expected, _ = answer(folder)
+    files = sorted(folder.iterdir())
+    refused = 0
+    for number in range(cuts):
+        path = rng.choice(files) if number % 2 else weighted(files, rng)
+        whole = path.read_bytes()
+        os.truncate(path, rng.randrange(len(whole)))
+        refused += outcome(folder, expected)
+        path.write_bytes(whole)
+    return refused
+
+
+def test_flipped_bits_and_cut_files_are_refused_by_generate(store_copy):
+    folder = store_copy("qwen2_moe", num_experts=24)
+    touched, refused = count_flips(folder, random.Random(1), 8)
+    assert touched == refused > 0
+    assert count_cuts(folder, random.Random(2), 4) == 4
+
+
+@pytest.mark.soak
+def test_all_flipped_bits_and_cut_files_are_refused_by_generate(store_copy, soak_record):
+    folder = store_copy("qwen2_moe", num_experts=24)
+    rng = random.Random(soak_record.seed)
+    touched, refused = count_flips(folder, rng, FLIPS)
+    soak_record("bit flips refused by generate", flips=FLIPS, touched=touched, refused=refused)
+    cut = count_cuts(folder, rng, CUTS)
+    soak_record("truncations refused by generate", truncations=CUTS, refused=cut)
+    assert (touched, cut) == (refused, CUTS)

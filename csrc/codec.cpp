@@ -22,6 +22,7 @@ constexpr std::pair<Codec, std::string_view> kNames[] = {
     {Codec::rank4, "rank4"}, {Codec::zstd, "zstd"},       {Codec::lz4hc, "lz4hc"},
 };
 constexpr std::uint64_t kPage = 4096;
+constexpr std::uint32_t kMaxElementBytes = 8;
 
 bool is_sharded(Codec codec) { return codec == Codec::zstd || codec == Codec::lz4hc; }
 
@@ -34,6 +35,9 @@ void expect_length(std::span<const std::uint8_t> extent, std::uint64_t length, c
 
 void decode_raw(const MatrixSpec& spec, const Extents& extents, const Target& target,
                 unsigned threads) {
+  // Before anything is multiplied: the product of forged sides could wrap round to a real length.
+  if (!within_limits(spec.rows, spec.columns) || spec.element_bytes > kMaxElementBytes)
+    throw CorruptError("a matrix of such a size is beyond the format's limits");
   const std::uint64_t row_bytes = spec.columns * spec.element_bytes;
   expect_length(extents.sign_mantissa, spec.rows * row_bytes, kSignMantissaPlane);
   expect_length(extents.exponent, 0, kExponentPlane);

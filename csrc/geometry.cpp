@@ -8,7 +8,7 @@ namespace zipmoe {
 namespace {
 
 void check_sides(std::uint64_t rows, std::uint64_t columns) {
-  if (rows > kMaxSide || columns > kMaxSide || rows * columns > kMaxWeights)
+  if (!within_limits(rows, columns))
     throw std::invalid_argument("a matrix of " + std::to_string(rows) + " x " +
                                 std::to_string(columns) + " weights is beyond the format's limits");
 }
@@ -27,6 +27,10 @@ Geometry choose_geometry(std::uint64_t rows, std::uint64_t columns) {
   const std::uint64_t fits = kPanelRows * (kBlockWeights / (kPanelRows * tile));
   const std::uint64_t group = std::min(fits, ceil_to(rows, kPanelRows));
   return {static_cast<std::uint32_t>(group), static_cast<std::uint32_t>(tile)};
+}
+
+bool within_limits(std::uint64_t rows, std::uint64_t columns) {
+  return rows <= kMaxSide && columns <= kMaxSide && rows * columns <= kMaxWeights;
 }
 
 bool is_valid(Geometry geometry) {

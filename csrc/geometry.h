@@ -23,6 +23,9 @@ struct Geometry {
 // The pair zipmoe chooses. Throws std::invalid_argument beyond kMaxSide or kMaxWeights.
 Geometry choose_geometry(std::uint64_t rows, std::uint64_t columns);
 
+// True where a matrix may have these sides.
+bool within_limits(std::uint64_t rows, std::uint64_t columns);
+
 // True where the pair obeys the format, whatever the matrix.
 bool is_valid(Geometry geometry);
 

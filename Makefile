@@ -54,6 +54,7 @@ $(STAMPS)/packages: $(STAMPS)/venv pyproject.toml tools/fetch_deps.py
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/packages $(CORE)
+	@echo "setup: compiling the core (a minute or two the first time)" >&2
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip install -qq --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
 	@touch $@

@@ -50,6 +50,7 @@ class DemoSession:
 
     def prepare(self) -> dict[str, Any]:
         """Make checkpoint and store, or find them; say both sizes. Return what they are."""
+        self._terminal.say(f"the demo model is kept in {self._folder}; making it takes a minute")
         checkpoint = self._command("demo", "--build-only", "--folder", str(self._folder))
         # A store of another checkpoint, or made by another zipmoe, is not this demo's.
         made_of = {"sha256": checkpoint["sha256"], "tool": __version__}
@@ -57,6 +58,7 @@ class DemoSession:
             shutil.rmtree(self._store, ignore_errors=True)
             self._made_of.write_text(json.dumps(made_of))
         if not (self._store / "zipmoe.json").exists():  # also goes on with a pack that was stopped
+            self._terminal.say("packing it")
             self._command("pack", checkpoint["folder"], str(self._store))
         store_bytes = sum(path.stat().st_size for path in self._store.iterdir())
         ratio = store_bytes / checkpoint["source_bytes"]

@@ -160,15 +160,14 @@ class ZipmoeQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ZipmoeError("a zipmoe store is loaded from its folder; give its path")
         model.eval()
-        store = open_store(Path(checkpoint_files[0]).parent)
-        source = self._bind(model, store)
-        tensors, transient = _dense_tensors(model, store)
-        self._paths, self._table = store.expert_table()
-        context = self._context(model)
-        needs = self._needs(model, source, context, dtype=dtype, loading=transient)
-        memory = self.options.memory or budget.available_memory().budget
-        report = budget.plan(needs, memory)
-        with store:
+        with open_store(Path(checkpoint_files[0]).parent) as store:
+            source = self._bind(model, store)
+            tensors, transient = _dense_tensors(model, store)
+            self._paths, self._table = store.expert_table()
+            context = self._context(model)
+            needs = self._needs(model, source, context, dtype=dtype, loading=transient)
+            memory = self.options.memory or budget.available_memory().budget
+            report = budget.plan(needs, memory)
             self._dense = DenseFile(tensors, store.read_dense)
         weakref.finalize(self, self._dense.close)
         checkpoint_files[:] = [self._dense.path]

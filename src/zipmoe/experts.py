@@ -387,23 +387,24 @@ def needs_whole(module: Any) -> bool:
 
 
 def _same_everywhere(module: Any, dtype: torch.dtype) -> bool:
-    """Try the activation on all values of a 16-bit type, in one piece and eight at a time."""
+    """Try the activation on all values of a 16-bit type: one row, rows of one, rows of 64."""
     values = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16).view(dtype)
-    if not module.has_gate:
-        pieces = [module.act_fn(piece) for piece in torch.split(values, 8)]
-        whole = module.act_fn(values)
+    if module.has_gate:
+        shapes = [(1, 1 << 16), (1 << 16, 1), (1 << 10, 64)]
+        results = [_activated(module, values.view(shape)) for shape in shapes]
     else:
-        one = torch.ones_like(values)
-        whole = module._apply_gate(_paired(values, one, module.is_concatenated))[0]
-        pieces = [
-            module._apply_gate(_paired(piece, one[:8], module.is_concatenated))[0]
-            for piece in torch.split(values, 8)
-        ]
-    return torch.equal(whole.nan_to_num(0.5), torch.cat(pieces).nan_to_num(0.5))
+        spread = torch.stack([values, values], dim=1)[:, 0]  # strided, so no vector is used
+        results = [module.act_fn(values), module.act_fn(spread).contiguous()]
+    first, *others = [result.reshape(-1).nan_to_num(0.5) for result in results]
+    return all(torch.equal(first, other) for other in others)
 
 
-def _paired(gate: Tensor, up: Tensor, concatenated: bool) -> Tensor:
-    """One row [1, 2 * intermediate] of gate and up, in the layout of the family."""
-    if concatenated:
-        return torch.cat([gate, up])[None]
-    return torch.stack([gate, up], dim=1).reshape(1, -1)
+def _activated(module: Any, gate: Tensor) -> Tensor:
+    """Apply the gate to rows of gate values and ones, in the layout of the family."""
+    pair = [gate, torch.ones_like(gate)]
+    if module.is_concatenated:
+        gated = module._apply_gate(torch.cat(pair, dim=1))
+    else:
+        gated = module._apply_gate(torch.stack(pair, dim=2).flatten(1))
+    assert isinstance(gated, Tensor)
+    return gated

@@ -6,6 +6,7 @@ forward pass does with experts is in `experts.py`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -128,7 +129,7 @@ def load(
     tokenizer = None
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    with loading(options):
+    with loading(options), _without_progress_bar():
         model = _model_class(config).from_pretrained(folder, dtype="auto")
     return Loaded(model, tokenizer)
 
@@ -146,6 +147,18 @@ def _model_class(config: Any) -> Any:
             f"transformers {transformers.__version__} has no language model for {config.model_type}"
         )
     return (named or classes)[0]
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing: only the commands show progress."""
+    drawn = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers.logging.enable_progress_bar()
 
 
 def _tell_malloc() -> None:

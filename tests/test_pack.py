@@ -1,5 +1,6 @@
 """Packing: exact, the same bytes whatever the threads and interruptions, loud about all else."""
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -229,11 +230,14 @@ def test_a_torn_journal_is_believed_up_to_the_tear(
         pack_checkpoint(folder, store, progress=stop_after(9))
     journal = store / ".zipmoe-journal"
     whole = journal.read_bytes()
-    for cut in (len(whole) - 7, len(whole) // 2):
-        damaged = bytearray(whole[:cut])
-        damaged[-40] ^= 1
-        journal.write_bytes(damaged)
-        again = shutil.copytree(store, tmp_path / f"s{cut}")
+    middle = whole.index(b'"entries"', len(whole) // 2) + 200  # in a line that is complete
+    damaged = bytearray(whole)
+    damaged[middle] ^= 1
+    for number, lines in enumerate((whole[:-7], whole[: len(whole) // 2], damaged)):
+        journal.write_bytes(lines)
+        again = shutil.copytree(store, tmp_path / f"s{number}")
+        with (again / "experts-00001.safetensors").open("ab") as shard:
+            shard.write(bytes(1_000_000))  # what a later line may have spoken of
         pack_checkpoint(folder, again)
         assert content(again) == content(tiny_store("qwen2_moe"))
 
@@ -275,6 +279,23 @@ def test_two_packs_into_one_folder_are_refused(tiny_checkpoint, tmp_path):
         pytest.raises(StoreError, match="another zipmoe is packing"),
     ):
         pack_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "s")
+
+
+def test_a_journal_removed_while_it_is_being_locked_is_not_mistaken_for_a_lock(
+    tmp_path, monkeypatch
+):
+    path, lock, calls = tmp_path / ".zipmoe-journal", fcntl.flock, []
+
+    def finished_meanwhile(fd, flags):
+        if not calls:
+            path.unlink()  # what the holder does last
+        calls.append(fd)
+        lock(fd, flags)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    with Journal.open(tmp_path, {"some": "plan"}):
+        assert len(calls) == 2
+        assert path.exists()
 
 
 def test_a_checkpoint_that_changes_while_it_is_packed_is_refused(tiny_checkpoint, tmp_path):
@@ -368,6 +389,17 @@ def test_unpack_refuses_what_does_not_hash_to_the_original(store_copy, tmp_path)
         unpack_store(folder, tmp_path / "out")
 
 
+def add_empty_tensor(source):
+    """Name one tensor more than the store holds."""
+    (file,) = [file for file in source["files"] if "header" in file]
+    end = file["bytes"] - 8 - len(file["header"])
+    more = f', "ghost": {{"dtype": "U8", "shape": [0], "data_offsets": [{end}, {end}]}}}}'
+    before = len(file["header"])
+    file["header"] = file["header"].rstrip().removesuffix("}") + more
+    file["bytes"] += len(file["header"]) - before
+    source["tensors"]["ghost"] = hashlib.sha256(b"").hexdigest()
+
+
 SOURCES = {
     "path trick": lambda s: s["files"][0].update(name="../evil"),
     "recipe short": lambda s: s["recipes"][0]["parts"][0].update(rows=[0, 8, 1], into=[0, 8, 1]),
@@ -376,6 +408,7 @@ SOURCES = {
     "recipe missing": lambda s: s["recipes"].pop(),
     "tensor missing": lambda s: s["tensors"].popitem(),
     "step of zero": lambda s: s["recipes"][0]["parts"][0].update(rows=[0, 160, 0]),
+    "tensor from nowhere": add_empty_tensor,
     "no headers": lambda s: s.update(files=[]),
 }
 

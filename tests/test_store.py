@@ -328,6 +328,17 @@ def test_a_shard_header_that_breaks_a_rule_is_refused(case, store_copy):
         open_store(folder)
 
 
+def test_a_header_changed_without_a_change_of_meaning_is_refused(store_copy):
+    folder = store_copy("mixtral")
+    path = folder / "experts-00001.safetensors"
+    _, length, data = header_of(path)
+    assert data[7 + length] == ord(" ")
+    patch(path, 7 + length, b"\t")  # still the same JSON
+    with pytest.raises(CorruptError, match="header does not have its checksum"):
+        open_store(folder)
+    assert len(verify_store(folder).errors) == 1
+
+
 def test_a_header_length_over_limit_or_file_is_refused_before_it_is_used(store_copy):
     folder = store_copy("mixtral")
     path = folder / "experts-00001.safetensors"

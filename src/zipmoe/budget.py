@@ -43,7 +43,7 @@ _UNITS = {
 # is counted: code of torch that is first touched then, compiled kernels of oneDNN, stacks of
 # threads, the tokenizer, Python's own objects for the model. Measured:
 # docs/decisions/0009-memory-budget.md.
-RUNTIME_GROWTH_BYTES = 160_000_000
+RUNTIME_GROWTH_BYTES = 120_000_000
 # Of the default budget, what is left to the rest of the machine.
 RESERVE_FRACTION = 0.10
 RESERVE_BYTES = 256_000_000

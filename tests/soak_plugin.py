@@ -95,6 +95,15 @@ def pytest_sessionfinish(session):
     scratch.replace(target)
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    if rows := config.stash.get(_ROWS, None):
+        terminalreporter.section(f"soak report: {config.getoption('--soak-report')}")
+        for row in rows.values():
+            for point, counts in row["points"].items():
+                said = ", ".join(f"{name} {count}" for name, count in counts.items())
+                terminalreporter.write_line(f"{row['outcome']}: {point}: {said}")
+
+
 def commit() -> str:
     """Return the commit this ran at, with "+changes" where tracked files differ from it."""
 

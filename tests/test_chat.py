@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from zipmoe import _chat, pack_checkpoint
 from zipmoe._errors import FetchError, ZipmoeError
 from zipmoe._terminal import Terminal
+from zipmoe.budget import available_memory
 from zipmoe.cli import app
 
 
@@ -84,6 +85,15 @@ def test_a_budget_below_the_floor_is_refused_in_one_sentence_with_the_floor(stor
     assert error["type"] == "BudgetError"
     assert "floor" in error["message"]
     assert result.stderr.count("\n") == 1
+
+
+def test_the_default_memory_is_what_is_available_less_a_reserve_and_is_said(store):
+    result = run("generate", store, "--prompt", "x", "--max-tokens", 1, "--context", 100, "--json")
+    assert result.exit_code == 0, result.stderr
+    available = available_memory()
+    promised = json.loads(result.stdout)["memory_bytes"]
+    assert 0.8 * available.budget < promised < available.bytes
+    assert "less a reserve" in result.stderr.splitlines()[0]
 
 
 def test_chat_without_a_terminal_answers_each_line_and_ends(store):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .budget import available_memory, format_bytes
 from .generate import generate
 from .model import load
 
@@ -21,9 +22,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def loaded_model(terminal: Terminal, store: Path, **options: Any) -> Iterator[Loaded]:
+def loaded_model(
+    terminal: Terminal, store: Path, *, memory: int | None, **options: Any
+) -> Iterator[Loaded]:
     """Load a store, say how the memory is shared out, and free everything at the end."""
-    with load(store, **options) as loaded:
+    if memory is None:
+        available = available_memory()
+        memory = available.budget
+        terminal.say(
+            f"--memory {format_bytes(memory)}: what the {available.limited_by} has available, "
+            f"{format_bytes(available.bytes)}, less a reserve"
+        )
+    with load(store, memory=memory, **options) as loaded:
         terminal.say(str(loaded.memory))
         yield loaded
 

@@ -259,8 +259,8 @@ def generate(
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
         text = sys.stdin.read() if prompt == "-" else prompt
-        options = {"memory": memory, "context": context, "compute": compute}
-        with loaded_model(terminal, store, **options) as loaded:
+        options = {"context": context, "compute": compute}
+        with loaded_model(terminal, store, memory=memory, **options) as loaded:
             result = answer(
                 terminal,
                 loaded,
@@ -300,9 +300,9 @@ def chat(
     from ._session import loaded_model
 
     terminal = Terminal(as_json=False)
-    options = {"memory": memory, "context": context, "compute": compute}
+    options = {"context": context, "compute": compute}
     answers = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    with reporting(terminal), loaded_model(terminal, store, **options) as loaded:
+    with reporting(terminal), loaded_model(terminal, store, memory=memory, **options) as loaded:
         Chat(terminal, loaded, system=system, **answers).run()
 
 

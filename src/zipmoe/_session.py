@@ -26,14 +26,14 @@ def loaded_model(
     terminal: Terminal, store: Path, *, memory: int | None, **options: Any
 ) -> Iterator[Loaded]:
     """Load a store, say how the memory is shared out, and free everything at the end."""
-    if memory is None:
-        available = available_memory()
-        memory = available.budget
-        terminal.say(
-            f"--memory {format_bytes(memory)}: what the {available.limited_by} has available, "
-            f"{format_bytes(available.bytes)}, less a reserve"
-        )
-    with load(store, memory=memory, **options) as loaded:
+    available = available_memory()
+    granted = available.budget if memory is None else memory
+    with load(store, memory=granted, **options) as loaded:
+        if memory is None:
+            terminal.say(
+                f"--memory {format_bytes(granted)}: what the {available.limited_by} has available, "
+                f"{format_bytes(available.bytes)}, less a reserve"
+            )
         terminal.say(str(loaded.memory))
         yield loaded
 

@@ -1,7 +1,7 @@
 """Proof by example: transformers' own converter, run on one expert, must agree with our symbols.
 
-The elements are numbered instead of read, so that any exchange of two of them shows, whatever the
-weights are. One run per distinct layout.
+The elements are seeded random bytes instead of weights, so that any exchange of rows or columns
+shows, whatever the weights are, in half the memory. One run per distinct layout.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["prove"]
 
-_PRIME = 65_521  # elements a multiple of this apart share a number; no shift of rows does that
-
 
 def prove(
     name: str,
@@ -49,12 +47,11 @@ def prove(
     layout = _layout(group, made, checkpoint)
     if layout in proven:
         return
-    numbered = _numbered_sources(group, made, checkpoint)
-    expected = _by_transformers(name, group, numbered, model)
+    marked = _marked_sources(group, made, checkpoint)
+    expected = _by_transformers(name, group, marked, model)
     for target, value in made.items():
         found = expected.get(targets[target])
-        ours = _by_symbols(value, numbered)
-        if found is None or not np.array_equal(found, ours):
+        if found is None or not _agree(value, marked, found):
             raise UnsupportedModelError(
                 f"zipmoe and transformers disagree on how {name} is made from the checkpoint"
             )
@@ -77,28 +74,28 @@ def _first_expert(value: Symbolic) -> list[Piece]:
     return [piece for piece in value.pieces if 0 in piece.at[0]]
 
 
-def _numbered_sources(
+def _marked_sources(
     group: Group, made: dict[str, Symbolic], checkpoint: Checkpoint
-) -> dict[str, NDArray[np.uint16]]:
-    """Give numbered sources of the first experts; of a fused tensor, a slice [1, ...]."""
+) -> dict[str, NDArray[np.uint8]]:
+    """Mark the sources of the first experts; of a fused tensor, a slice [1, ...]."""
     fused = {
         piece.tensor: piece.axes[0] is not None
         for value in made.values()
         for piece in _first_expert(value)
     }
-    sources: dict[str, NDArray[np.uint16]] = {}
+    sources: dict[str, NDArray[np.uint8]] = {}
     for keys in group.keys.values():
         for key in keys:
             if key in fused:
                 shape = checkpoint.tensors[key].place.shape
                 shape = (1, *shape[1:]) if fused[key] else shape
-                sources[key] = _number(shape, salt=len(sources))
+                sources[key] = _mark(shape, seed=len(sources))
     return sources
 
 
-def _number(shape: tuple[int, ...], salt: int) -> NDArray[np.uint16]:
-    cycle = np.roll(np.arange(_PRIME, dtype=np.uint16), 7919 * (salt + 1))
-    return np.resize(cycle, math.prod(shape)).reshape(shape)
+def _mark(shape: tuple[int, ...], seed: int) -> NDArray[np.uint8]:
+    data = np.random.default_rng(seed).bytes(math.prod(shape))
+    return np.frombuffer(bytearray(data), np.uint8).reshape(shape)  # torch wants it writable
 
 
 class _OneExpert:
@@ -113,33 +110,41 @@ class _OneExpert:
 
 
 def _by_transformers(
-    name: str, group: Group, sources: dict[str, NDArray[np.uint16]], model: Any
-) -> dict[str, NDArray[np.uint16]]:
+    name: str, group: Group, sources: dict[str, NDArray[np.uint8]], model: Any
+) -> dict[str, NDArray[np.uint8]]:
     converter = deepcopy(group.converter)
     for pattern, keys in group.keys.items():
         for key in keys:
             if key in sources:
-                tensor = torch.from_numpy(sources[key].view(np.int16))
-                converter.add_tensor(name, key, pattern, tensor)
+                converter.add_tensor(name, key, pattern, torch.from_numpy(sources[key]))
     made = converter.convert(name, model=_OneExpert(model), config=model.config)
     plain = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
-    return {key: value.numpy().view(np.uint16) for key, value in plain.items()}
+    return {key: value.numpy() for key, value in plain.items()}
 
 
-def _by_symbols(value: Symbolic, sources: dict[str, NDArray[np.uint16]]) -> NDArray[np.uint16]:
-    made = np.zeros((1, *value.shape[1:]), np.uint16)
-    for piece in _first_expert(value):
-        source = sources[piece.tensor]
-        taken = list(piece.taken)
-        taken[0] = range(1)  # the expert's axis: stacked, or the first slice of a fused source
-        order = [axis for axis in piece.axes if axis is not None]
-        spans: list[slice] = [slice(None)] * len(order)
-        for axis, span in zip(piece.axes, taken, strict=True):
-            if axis is not None:
-                spans[axis] = slice(span.start, span.stop, span.step)
-        box = source[tuple(spans)].transpose(order)
-        rows, columns = piece.at[1], piece.at[2]
-        made[0, rows.start : rows.stop : rows.step, columns.start : columns.stop : columns.step] = (
-            box[0] if piece.axes[0] is not None else box
-        )
-    return made
+def _agree(
+    value: Symbolic, sources: dict[str, NDArray[np.uint8]], expected: NDArray[np.uint8]
+) -> bool:
+    """Whether the first expert's pieces fill `expected` [1, ...], each with its own elements."""
+    pieces = _first_expert(value)
+    filled = sum(math.prod(len(at) for at in piece.at[1:]) for piece in pieces)
+    if expected.shape != (1, *value.shape[1:]) or filled != expected.size:
+        return False
+    return all(
+        np.array_equal(expected[0][_box(piece.at[1:])], _taken(piece, sources)) for piece in pieces
+    )
+
+
+def _taken(piece: Piece, sources: dict[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Elements of one expert that a piece takes, in the order of the target's axes."""
+    source, axes, spans = sources[piece.tensor], list(piece.axes), list(piece.taken)
+    if axes[0] is not None:  # fused: the source here is the first expert's slice alone
+        spans[0] = range(1)
+    order = [axis for axis in axes if axis is not None]
+    by_axis = {axis: span for axis, span in zip(axes, spans, strict=True) if axis is not None}
+    box = source[_box(tuple(by_axis[axis] for axis in sorted(order)))].transpose(order)
+    return box[0] if axes[0] is not None else box
+
+
+def _box(spans: tuple[range, ...]) -> tuple[slice, ...]:
+    return tuple(slice(span.start, span.stop, span.step) for span in spans)

@@ -3,7 +3,7 @@
 Every conversion that transformers applies to expert weights moves whole axes (stack, concatenate,
 split, transpose, interleave). So a symbolic tensor is a list of pieces, each a product of ranges,
 and the operations below are arithmetic on ranges. They mirror transformers' own by exact class;
-`conversion` proves the outcome against the originals on numbered elements.
+`conversion` proves the outcome against the originals on marked elements.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from zipmoe._errors import CheckpointError, UnsupportedModelError
 from zipmoe._parts import derive_recipes
 from zipmoe._proof import prove
 from zipmoe.conversion import Group
-from zipmoe.recipe import Matrix, Part, Recipe, build, check_coverage, restore
+from zipmoe.recipe import Matrix, Part, Recipe, _overlap, build, check_coverage, restore
 
 # Symbols against real tensors
 
@@ -268,6 +268,12 @@ def test_recipes_that_are_not_exact_are_refused(case):
     layer, shapes = BREAKS[case](*whole_layer())
     with pytest.raises(ValueError, match=r"fit|fill|used|no tensor|leaves"):
         check_coverage([layer], shapes)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(*[st.builds(range, st.integers(0, 30), st.integers(0, 60), st.integers(1, 9))] * 2)
+def test_ranges_overlap_exactly_if_they_share_a_number(a, b):
+    assert _overlap(a, b) == bool(set(a) & set(b))
 
 
 def test_a_slice_of_an_expert_belongs_to_one_layer():

@@ -6,6 +6,7 @@ docs/format.md section 11 says what each field means.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -208,11 +209,17 @@ def _check_source(
 
 
 def _overlap(a: range, b: range) -> bool:
-    """Whether two ranges share a number."""
-    if a.step == b.step == 1:
-        return max(a.start, b.start) < min(a.stop, b.stop)
-    small, large = sorted((a, b), key=len)
-    return any(value in large for value in small)
+    """Whether two ascending ranges share a number; no loop: lengths may come from a file."""
+    common = math.gcd(a.step, b.step)
+    apart = b.start - a.start
+    if not a or not b or apart % common:
+        return False
+    period = b.step // common  # of b's numbers among a's
+    first = a.start + a.step * (apart // common * pow(a.step // common, -1, period) % period)
+    low = max(a.start, b.start)
+    if first < low:
+        first += -(-(low - first) // (a.step * period)) * a.step * period
+    return first <= min(a[-1], b[-1])
 
 
 def _as_slice(span: range) -> slice:

@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaModel
 
 from zipmoe import _smollm, demo
 from zipmoe._errors import CheckpointError, SpaceError
@@ -112,8 +113,55 @@ def test_routers_use_every_expert_and_follow_the_topic():
     assert set(first.ravel()) == set(range(8))
     within = [np.bincount(row, minlength=8).max() / 100 for row in first]
     assert np.mean(within) > 0.6
+    # What all states have in common must not speak for any expert: there is no bias to undo it.
+    common = states.mean(axis=0) / np.linalg.norm(states.mean(axis=0))
+    assert np.abs(router @ common).max() < 1e-9 * np.abs(router).max()
     top = np.sort(states @ router.T, axis=1)[:, -2:]
     assert np.isclose(np.median(1 / (1 + np.exp(top[:, 0] - top[:, 1]))), 0.65, atol=0.01)
+
+
+def test_rows_of_query_and_key_are_put_back_from_llama_cpp_s_order(monkeypatch):
+    dense = _smollm.SmolLM(_smollm.locate())
+    shape = dense.shape
+    rows = np.arange(shape.hidden, dtype=np.float32)[:, None].repeat(2, axis=1)
+    # What llama.cpp's converter does to a checkpoint: the halves of a head become neighbours.
+    halves = rows.reshape(shape.heads, 2, -1, 2)
+    stored = halves.swapaxes(1, 2).reshape(rows.shape)
+    assert not np.array_equal(stored, rows)
+    monkeypatch.setattr(dense, "_tensor", lambda name: stored)
+    assert np.array_equal(dense.weight(0, "self_attn.q_proj"), rows)
+    assert np.array_equal(dense.weight(0, "self_attn.v_proj"), stored)
+
+
+def test_hidden_states_are_those_of_transformers_own_model():
+    dense = _smollm.SmolLM(_smollm.locate())
+    shape, layers = dense.shape, 2
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        rms_norm_eps=shape.rms_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+    )
+    model = LlamaModel(config)
+    weights = {"embed_tokens.weight": dense.embedding(), "norm.weight": dense.final_norm()}
+    for layer in range(layers):
+        for key in _smollm._LAYER:
+            weights[f"layers.{layer}.{key}.weight"] = dense.weight(layer, key)
+    model.load_state_dict({key: torch.tensor(array) for key, array in weights.items()})
+    seen = []
+    for block in model.layers:
+        block.post_attention_layernorm.register_forward_hook(lambda *call: seen.append(call[2]))
+    text = [504, 3575, 282, 4649, 314, 7042]
+    with torch.no_grad():
+        model(torch.tensor([text]))
+    # Another text before it must not be seen.
+    ours = dense.states([[1, 2, 3], text])
+    for stock, states in zip(seen, ours, strict=False):
+        assert np.abs(states[3:] - stock[0].numpy()).max() < 1e-5 * np.abs(states).max()
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

@@ -18,8 +18,8 @@ import xxhash
 
 from zipmoe._disk import sync_folder
 from zipmoe._errors import MismatchError, StoreError
+from zipmoe._folder import JOURNAL
 from zipmoe._index import ENTRY
-from zipmoe.store import JOURNAL
 
 if TYPE_CHECKING:
     from pathlib import Path

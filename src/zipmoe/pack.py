@@ -23,6 +23,7 @@ from zipmoe import __version__
 from zipmoe._disk import sync_folder, typed_write_errors, write_all
 from zipmoe._encode import Encoder
 from zipmoe._errors import CheckpointError, MismatchError, SpaceError
+from zipmoe._folder import JOURNAL
 from zipmoe._hashing import HashThread, hash_shard
 from zipmoe._journal import FileHashes, Journal
 from zipmoe._manifest import (
@@ -41,7 +42,7 @@ from zipmoe.checkpoint import INDEX_NAME, SmallFile, open_checkpoint, read_bytes
 from zipmoe.conversion import plan_model
 from zipmoe.hub import resolve_checkpoint
 from zipmoe.inspect import summarise
-from zipmoe.store import JOURNAL, open_store
+from zipmoe.store import open_store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,17 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from zipmoe._errors import CorruptError, FetchError, FormatError, StoreError
+from zipmoe._folder import file_errors, read_manifest, read_verified
 from zipmoe._index import PAGE, ceil_to
 from zipmoe._shard import OpenShard, open_shard
 from zipmoe._source import SOURCE, prove_recipes
-from zipmoe.store import (
-    assemble,
-    file_errors,
-    place_of,
-    read_manifest,
-    read_padded,
-    read_verified,
-)
+from zipmoe.store import assemble, place_of, read_padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -100,7 +100,7 @@ def test_activations_grow_with_the_prompt_and_with_each_width():
     )
     assert small.bytes(10) < small.bytes(11)
     eager = Activations(**{**vars(small), "quadratic_heads": 4})
-    assert eager.bytes(1000) - small.bytes(1000) == 1000 * 1000 * 4 * 8
+    assert eager.bytes(1000) - small.bytes(1000) == 1000 * 1000 * 4 * 12
 
 
 def write(root, files):

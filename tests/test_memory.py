@@ -16,11 +16,11 @@ import zipmoe
 from zipmoe import budget
 from zipmoe.generate import generate
 memory = int(sys.argv[2])
-if memory == 0:  # a little above the floor: the base is measured anew by the second load
+if memory == 0:
     try: zipmoe.load(sys.argv[1], memory=1, context=200)
-    except zipmoe.BudgetError as error: memory = error.floor_bytes + 20_000_000
+    except zipmoe.BudgetError as error: memory = error.floor_bytes
 loaded = zipmoe.load(sys.argv[1], memory=memory, context=200)
-base = loaded.memory.base - budget.RUNTIME_GROWTH_BYTES
+base = loaded.memory.base
 result = generate(loaded, "x" * 150, max_tokens=24)
 print(memory, budget.peak_rss_bytes(), base, *result.token_ids)
 """

@@ -127,7 +127,7 @@ class ZipmoeQuantizer(HfQuantizer):
                 "this is not a zipmoe store: pack the checkpoint first (`zipmoe pack`)"
             )
         self.options = _OPTIONS.get(LoadOptions())
-        self.base_bytes = budget.rss_bytes()
+        self.base_bytes = budget.base_bytes(budget.rss_bytes())
 
     # -- before the weight files are looked for ------------------------------------------------
 
@@ -213,7 +213,7 @@ class ZipmoeQuantizer(HfQuantizer):
         )
         floor = _core.ExpertCache.floor_bytes(self._table)
         return budget.Needs(
-            base=self.base_bytes + budget.RUNTIME_GROWTH_BYTES,
+            base=self.base_bytes,
             dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)),
             kv=footprint.kv_bytes(model, context),
             scratch=ExpertSource.buffer_bytes(layers) + shape.bytes(context),

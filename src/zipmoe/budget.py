@@ -21,6 +21,7 @@ __all__ = [
     "MemoryReport",
     "Needs",
     "available_memory",
+    "base_bytes",
     "format_bytes",
     "parse_memory",
     "peak_rss_bytes",
@@ -44,6 +45,9 @@ _UNITS = {
 # threads, the tokenizer, Python's own objects for the model. Measured:
 # docs/decisions/0009-memory-budget.md.
 RUNTIME_GROWTH_BYTES = 120_000_000
+# Least that is counted for the base, somewhat more than a process that does nothing else comes
+# to: so the floor is the same in every run, and granting the floor that a refusal names works.
+LEAST_BASE_BYTES = 500_000_000
 # Of the default budget, what is left to the rest of the machine.
 RESERVE_FRACTION = 0.10
 RESERVE_BYTES = 256_000_000
@@ -186,7 +190,7 @@ class Activations:
             + self.top_k * self.hidden * self.element_bytes
             + 3 * self.expert_width * self.element_bytes * (self.top_k if self.whole_experts else 1)
         )
-        scores = self.quadratic_heads * (2 * self.element_bytes + 4) + 9 * self.masked
+        scores = self.quadratic_heads * (4 * self.element_bytes + 4) + 9 * self.masked
         return tokens * row + tokens * tokens * scores + 16 * self.vocabulary
 
 
@@ -207,6 +211,11 @@ class Needs:
         """Least memory that works."""
         running = self.kv + self.scratch + self.cache_floor
         return self.base + self.dense + max(running, self.loading)
+
+
+def base_bytes(rss: int) -> int:
+    """Share of the process itself, of which `rss` is resident when loading begins."""
+    return max(rss + RUNTIME_GROWTH_BYTES, LEAST_BASE_BYTES)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,6 @@ def activations(
         get(name) or 1
         for name in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "top_k")
     )
-    eager = getattr(config, "_attn_implementation", None) == "eager"
     return Activations(
         hidden=config.hidden_size,
         widest=widest,
@@ -117,7 +116,21 @@ def activations(
         expert_width=expert_width,
         vocabulary=config.vocab_size,
         element_bytes=element_bytes,
-        quadratic_heads=(get("num_attention_heads") or 1) if eager else 0,
+        quadratic_heads=_heads_with_whole_scores(config),
         masked=True,
         whole_experts=whole_experts,
     )
+
+
+def _heads_with_whole_scores(config: Any) -> int:
+    """Heads whose scores [tokens, tokens] are held whole, by eager attention, or by torch's own.
+
+    torch's fused attention on the CPU wants keys and values of one width; latent attention has
+    two. Indexers of sparse attention score all pairs as well.
+    """
+    get = vars(config).get
+    latent = (get("qk_nope_head_dim") or 0) + (get("qk_rope_head_dim") or 0)
+    unequal = (get("v_head_dim") or 0) not in {0, latent or get("head_dim")}
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    heads = (get("num_attention_heads") or 1) if eager or unequal else 0
+    return heads + (get("index_n_heads") or get("indexer_n_heads") or 0)

@@ -216,7 +216,8 @@ class ZipmoeQuantizer(HfQuantizer):
             base=self.base_bytes,
             dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)),
             kv=footprint.kv_bytes(model, context),
-            scratch=ExpertSource.buffer_bytes(layers) + shape.bytes(context),
+            scratch=ExpertSource.buffer_bytes(layers)
+            + footprint.forward_bytes(model, shape, context),
             cache_floor=floor,
             cache_all=floor + _all_experts_bytes(self._table),
             loading=loading,

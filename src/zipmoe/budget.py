@@ -184,14 +184,15 @@ class Activations:
         three of the widest layer, the experts' outputs of all chosen slots and one expert's
         activations, logits of one token.
         """
-        row = (
-            12 * self.hidden * self.element_bytes
-            + 3 * self.widest * self.element_bytes
-            + self.top_k * self.hidden * self.element_bytes
-            + 3 * self.expert_width * self.element_bytes * (self.top_k if self.whole_experts else 1)
-        )
+        row = 12 * self.hidden * self.element_bytes + 3 * self.widest * self.element_bytes
         scores = self.quadratic_heads * (4 * self.element_bytes + 4) + 9 * self.masked
-        return tokens * row + tokens * tokens * scores + 16 * self.vocabulary
+        rest = tokens * row + tokens * tokens * scores + 16 * self.vocabulary
+        return rest + self.experts_bytes(tokens)
+
+    def experts_bytes(self, tokens: int) -> int:
+        """Count the experts' part: outputs of all chosen slots, activations of one expert."""
+        wide = 3 * self.expert_width * (self.top_k if self.whole_experts else 1)
+        return tokens * self.element_bytes * (self.top_k * self.hidden + wide)
 
 
 @dataclass(frozen=True)

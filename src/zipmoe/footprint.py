@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from zipmoe import _rehearsal
 from zipmoe.budget import Activations
 
-__all__ = ["activations", "dense_bytes", "kv_bytes"]
+__all__ = ["activations", "dense_bytes", "forward_bytes", "kv_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +121,21 @@ def activations(
         masked=True,
         whole_experts=whole_experts,
     )
+
+
+def forward_bytes(model: Any, shape: Activations, context: int) -> int:
+    """Bytes that a forward pass over a whole context holds at once.
+
+    Rehearsed on the skeleton, with a margin for what operators take inside; from the widths where
+    it cannot run.
+    """
+    try:
+        rehearsed = _rehearsal.peak_bytes(model, context)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        _log.info("activations estimated from the widths: %s", error)
+        return shape.bytes(context)
+    mask = context * context * 9 * shape.masked
+    return int(rehearsed * 1.15) + mask + shape.experts_bytes(context) + (32 << 20)
 
 
 def _heads_with_whole_scores(config: Any) -> int:

@@ -15,7 +15,16 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 450, 60, 6
 
 # The two halves of the package meet only in the store's format.
 OFFLINE = {"checkpoint", "recipe", "pack", "unpack", "hub", "demo", "_smollm"}
-RUNTIME = {"model", "experts", "budget", "generate", "_quantizer"}
+RUNTIME = {
+    "model",
+    "experts",
+    "budget",
+    "generate",
+    "dense",
+    "footprint",
+    "_quantizer",
+    "_rehearsal",
+}
 # The commands know both halves; the package's front door names what both offer.
 ABOVE = {"cli", "__main__", "__init__"}
 ABOVE |= {"_terminal", "_report", "_session", "_chat", "_demo_session"}

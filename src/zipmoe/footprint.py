@@ -134,7 +134,7 @@ def forward_bytes(model: Any, shape: Activations, context: int) -> int:
     except (RuntimeError, NotImplementedError, TypeError) as error:
         _log.info("activations estimated from the widths: %s", error)
         return shape.bytes(context)
-    mask = context * context * 9 * shape.masked
+    mask = context * context * 4 * shape.masked  # a mask of bool is copied to a float one
     return int(rehearsed * 1.15) + mask + shape.experts_bytes(context) + (32 << 20)
 
 

@@ -45,13 +45,23 @@ void check_sentinel(const std::uint8_t* table, unsigned entries, std::uint64_t b
   if (table[entries] != smallest) fail(block, "its table does not end as it must");
 }
 
+// Bits that n codes, less than a group, leave unused in 8 bytes of a 2-bit group: byte i holds the
+// codes i, i + 16, i + 32 and i + 48, the first in its lowest bits; `first` is the first byte's i.
+std::uint64_t unused2(std::size_t n, std::size_t first) {
+  constexpr std::uint64_t kEachByte = 0x0101010101010101;
+  const std::size_t full = n / 16, more = n % 16;  // all bytes hold `full` codes, `more` one more
+  const std::uint64_t without = ((0xFFU << (2 * full)) & 0xFF) * kEachByte;
+  const std::uint64_t with = ((0xFFU << (2 * full + 2)) & 0xFF) * kEachByte;
+  const std::size_t bytes = more > first ? std::min<std::size_t>(more - first, 8) : 0;
+  const std::uint64_t low = bytes == 8 ? ~std::uint64_t{0} : (std::uint64_t{1} << (8 * bytes)) - 1;
+  return (with & low) | (without & ~low);
+}
+
 // Codes after the n-th of a last, partly filled 2-bit group must be 0.
 bool is_tail_zero2(const std::uint8_t* group, std::size_t n) {
-  for (std::size_t i = 0; i < kGroup2Bytes; ++i) {
-    const std::size_t used = n > i ? (n - i + 15) / 16 : 0;  // codes in byte i, of 4
-    if ((group[i] >> (2 * used)) != 0) return false;
-  }
-  return true;
+  std::array<std::uint64_t, 2> halves;
+  std::memcpy(halves.data(), group, kGroup2Bytes);
+  return ((halves[0] & unused2(n, 0)) | (halves[1] & unused2(n, 8))) == 0;
 }
 
 bool is_tail_zero3(const std::uint8_t* group, std::size_t n) {

@@ -4,6 +4,8 @@ import os
 import random
 
 import pytest
+import xxhash
+from test_store import swap_experts_and_entries
 from test_store_damage import CUTS, FLIPS, flip, weighted
 
 from zipmoe._errors import StoreError
@@ -115,3 +117,29 @@ def test_all_flipped_bits_and_cut_files_are_refused_by_generate(store_copy, soak
     cut = count_cuts(folder, rng, CUTS)
     soak_record("truncations refused by generate", truncations=CUTS, refused=cut)
     assert (touched, cut) == (refused, CUTS)
+
+
+def logits(folder):
+    import torch  # noqa: PLC0415
+
+    from zipmoe.model import load  # noqa: PLC0415
+
+    with load(folder, memory="8GB") as loaded, torch.no_grad():
+        return loaded.model(torch.arange(32)[None]).logits
+
+
+def test_two_swapped_experts_are_refused_and_change_the_logits_when_forced(store_copy):
+    import torch  # noqa: PLC0415
+
+    folder = store_copy("mixtral", codec="raw")
+    sound = logits(folder)
+    before, after = swap_experts_and_entries(folder)
+    with pytest.raises(StoreError, match="index does not have its checksum"):
+        logits(folder)
+    manifest = folder / "zipmoe.json"
+    body, end = manifest.read_text().replace(before, after).split(',\n "xxh3": "')
+    manifest.write_text(f'{body},\n "xxh3": "{xxhash.xxh3_64_hexdigest(body.encode())}"{end[17:]}')
+    assert not torch.equal(logits(folder), sound)
+    swap_experts_and_entries(folder)  # and back, under the forged manifest: the index is another
+    with pytest.raises(StoreError, match="index does not have its checksum"):
+        logits(folder)

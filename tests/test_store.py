@@ -375,8 +375,11 @@ def test_two_experts_swapped_are_refused(store_copy):
             store.read_matrix(shard, rows[0])
 
 
-def test_two_experts_swapped_with_their_index_entries_are_refused(store_copy):
-    folder = store_copy("mixtral", codec="raw")
+def swap_experts_and_entries(folder):
+    """Exchange experts 1 and 2 of the first layer and their checksums in the index, made anew.
+
+    Returns the index's checksum before and after, as the manifest writes it.
+    """
     path = swap_experts(folder)
     at = entry_at(path, 3), entry_at(path, 6)
     data = bytearray(path.read_bytes())
@@ -387,8 +390,15 @@ def test_two_experts_swapped_with_their_index_entries_are_refused(store_copy):
             )
             data[one], data[other] = data[other], data[one]
     start = entry_at(path, 0) - 64
+    before = int.from_bytes(data[-8:], "little")
     data[-8:] = xxhash.xxh3_64_intdigest(data[start:-8]).to_bytes(8, "little")
     path.write_bytes(data)
+    return f"{before:016x}", f"{int.from_bytes(data[-8:], 'little'):016x}"
+
+
+def test_two_experts_swapped_with_their_index_entries_are_refused(store_copy):
+    folder = store_copy("mixtral", codec="raw")
+    swap_experts_and_entries(folder)
     with pytest.raises(CorruptError, match="index does not have its checksum"):
         open_store(folder)
 

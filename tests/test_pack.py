@@ -351,6 +351,22 @@ def test_too_little_free_disk_is_said_before_anything_is_written(
     assert {p.name for p in (tmp_path / "s").iterdir()} <= {".zipmoe-journal"}
 
 
+def test_room_for_the_store_is_enough_room(tiny_checkpoint, tmp_path, monkeypatch):
+    """The bound if nothing shrinks is not asked for; what the first expert promises is."""
+    wide = tiny_checkpoint("mixtral", hidden_size=128, intermediate_size=512)
+    usage, source = shutil.disk_usage(tmp_path), sum(p.stat().st_size for p in wide.iterdir())
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=int(0.9 * source) + (1 << 20))
+    )
+    report = pack_checkpoint(wide, tmp_path / "s")
+    assert report.store_bytes < 0.9 * source
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=report.store_bytes // 2)
+    )
+    with pytest.raises(SpaceError, match="about"):
+        pack_checkpoint(wide, tmp_path / "other")
+
+
 def test_a_disk_that_fills_up_stops_the_pack_and_it_continues(
     tiny_checkpoint, tiny_store, tmp_path, monkeypatch
 ):

@@ -25,6 +25,7 @@ from zipmoe._encode import Encoder
 from zipmoe._errors import CheckpointError, MismatchError, SpaceError
 from zipmoe._folder import JOURNAL
 from zipmoe._hashing import HashThread, hash_shard
+from zipmoe._index import PAGE, ceil_to
 from zipmoe._journal import FileHashes, Journal
 from zipmoe._manifest import (
     FORMAT_VERSION,
@@ -134,13 +135,28 @@ def _prepare(folder: Path, plan: PackPlan) -> None:
 
 def _check_space(folder: Path, plan: PackPlan) -> None:
     there = sum(entry.stat().st_size for entry in os.scandir(folder))
-    needed = plan.most_bytes - there
     free = shutil.disk_usage(folder).free
+    if plan.most_bytes - there <= free:
+        return
+    needed = _expected_bytes(plan) - there
     if needed > free:
         raise SpaceError(
-            f"packing may take {needed:,} bytes in {folder} (if nothing shrinks) "
-            f"and {free:,} are free: make room or choose another disk"
+            f"packing will take about {needed:,} bytes in {folder} and {free:,} are free: "
+            "make room or choose another disk"
         )
+
+
+def _expected_bytes(plan: PackPlan) -> int:
+    """Estimate the store: all experts shrink as the first does, less 5 % of that saving."""
+    experts = [r for shard in plan.shards if shard.kind == "experts" for r in shard.records]
+    encoder = Encoder(plan)
+    try:
+        coded = encoder.encode(experts[0], _cores())
+    finally:
+        encoder.close()
+    stored = sum(int(ceil_to(extent.size, PAGE)) for matrix in coded for extent in matrix.extents)
+    saved = 1 - stored / max(1, experts[0].most_bytes)
+    return plan.most_bytes - int(0.95 * saved * sum(record.most_bytes for record in experts))
 
 
 def _write_store(

@@ -1,6 +1,8 @@
 """Memory: amounts as people write them, limits as Linux says them, shares that add up."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -150,3 +152,12 @@ def test_the_tightest_cgroup_above_the_process_counts_less_what_others_hold(vers
 def test_this_process_knows_its_own_memory():
     assert 10**6 < rss_bytes() <= peak_rss_bytes()
     assert available_memory().bytes > 0
+
+
+def test_a_process_is_not_charged_with_the_memory_of_the_one_that_started_it():
+    ballast = bytearray(300_000_000)
+    for at in range(0, len(ballast), 4096):
+        ballast[at] = 1
+    code = "from zipmoe._process import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < len(ballast)

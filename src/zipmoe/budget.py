@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zipmoe._errors import BudgetError
+from zipmoe._process import peak_rss_bytes, rss_bytes
 
 __all__ = [
     "Activations",
@@ -81,23 +82,6 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{int(count)} bytes"
-
-
-def rss_bytes() -> int:
-    """Memory of this process now (VmRSS)."""
-    return _status_bytes("VmRSS")
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process ever had (VmHWM)."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 import time
 from collections import deque
@@ -37,6 +36,7 @@ from zipmoe._manifest import (
     is_plain_name,
 )
 from zipmoe._plan import PackPlan, make_plan
+from zipmoe._process import peak_rss_bytes
 from zipmoe._shard import CodedMatrix, RecordPlan, ShardPlan, ShardWriter
 from zipmoe._source import SOURCE, Source, SourceFile
 from zipmoe.checkpoint import INDEX_NAME, SmallFile, open_checkpoint, read_bytes
@@ -393,6 +393,6 @@ def _report(folder: Path, plan: PackPlan, seconds: float) -> PackReport:
         experts=summary.experts,
         tensors=len(plan.checkpoint.tensors),
         seconds=seconds,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss_bytes(),
         raw=summary.raw,
     )

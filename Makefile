@@ -34,7 +34,7 @@ bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/resu
 	$(RUN) benchmarks/codec.py --out benchmarks/results/codec.json
 	$(RUN) benchmarks/pack.py --out benchmarks/results/pack.json
 
-soak: $(STAMPS)/build ## run the full volumes of the acceptance points (hours); report in benchmarks/results
+soak: $(STAMPS)/build ## run the full volumes of the acceptance points (15 minutes); report in benchmarks/results
 	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report benchmarks/results/soak.json
 
 docs: $(STAMPS)/build ## write the generated documents again (families.md runs its sweep: minutes)

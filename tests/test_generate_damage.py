@@ -1,12 +1,11 @@
 """Flipped bits and cut files: no token ever comes from unverified bytes."""
 
-import os
 import random
 
 import pytest
 import xxhash
 from test_store import swap_experts_and_entries
-from test_store_damage import CUTS, FLIPS, flip, weighted
+from test_store_damage import CUTS, FLIPS, chosen, count_cuts, flip
 
 from zipmoe._errors import StoreError
 from zipmoe.store import open_store
@@ -75,7 +74,7 @@ def count_flips(folder, rng, flips):
     files = sorted(folder.iterdir())
     touched = refused = 0
     for number in range(flips):
-        path = rng.choice(files) if number % 2 else weighted(files, rng)
+        path = chosen(files, rng, number)
         bit = rng.randrange(8 * path.stat().st_size)
         needless = any(a <= bit // 8 < b for a, b in spared.get(path.name, ()))
         flip(path, bit)
@@ -87,25 +86,17 @@ def count_flips(folder, rng, flips):
     return touched, refused
 
 
-def count_cuts(folder, rng, cuts):
+def count_refused_cuts(folder, rng, cuts):
     """Every cut changes a length, so that every one must be refused."""
     expected, _ = answer(folder)
-    files = sorted(folder.iterdir())
-    refused = 0
-    for number in range(cuts):
-        path = rng.choice(files) if number % 2 else weighted(files, rng)
-        whole = path.read_bytes()
-        os.truncate(path, rng.randrange(len(whole)))
-        refused += outcome(folder, expected)
-        path.write_bytes(whole)
-    return refused
+    return count_cuts(folder, rng, cuts, lambda damaged, _: outcome(damaged, expected))
 
 
 def test_flipped_bits_and_cut_files_are_refused_by_generate(store_copy):
     folder = store_copy("qwen2_moe", num_experts=24)
     touched, refused = count_flips(folder, random.Random(1), 8)
     assert touched == refused > 0
-    assert count_cuts(folder, random.Random(2), 4) == 4
+    assert count_refused_cuts(folder, random.Random(2), 4) == 4
 
 
 @pytest.mark.soak
@@ -114,7 +105,7 @@ def test_all_flipped_bits_and_cut_files_are_refused_by_generate(store_copy, soak
     rng = random.Random(soak_record.seed)
     touched, refused = count_flips(folder, rng, FLIPS)
     soak_record("bit flips refused by generate", flips=FLIPS, touched=touched, refused=refused)
-    cut = count_cuts(folder, rng, CUTS)
+    cut = count_refused_cuts(folder, rng, CUTS)
     soak_record("truncations refused by generate", truncations=CUTS, refused=cut)
     assert (touched, cut) == (refused, CUTS)
 

@@ -31,13 +31,17 @@ def refused(folder, name):
     return bool(errors) and any(getattr(e, "file", None) in (name, None) for e in errors)
 
 
+def chosen(files, rng, number):
+    """One of the files: small ones get their share, or all damage would fall into the weights."""
+    return rng.choice(files) if number % 2 else weighted(files, rng)
+
+
 def count_flips(folder, rng, flips):
     """Flip one bit at a time, over all files by their size; returns how many are refused."""
     files = sorted(folder.iterdir())
     found = 0
     for number in range(flips):
-        # small files get their share, or all flips would fall into the weights
-        path = rng.choice(files) if number % 2 else weighted(files, rng)
+        path = chosen(files, rng, number)
         bit = rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
         found += refused(folder, path.name)
@@ -46,14 +50,15 @@ def count_flips(folder, rng, flips):
     return found
 
 
-def count_cuts(folder, rng, cuts):
+def count_cuts(folder, rng, cuts, is_refused=refused):
+    """Cut one file at a time; returns how many are refused, by verify or by what is given."""
     files = sorted(folder.iterdir())
     found = 0
     for number in range(cuts):
-        path = rng.choice(files) if number % 2 else weighted(files, rng)
+        path = chosen(files, rng, number)
         whole = path.read_bytes()
         os.truncate(path, rng.randrange(len(whole)))
-        found += refused(folder, path.name)
+        found += is_refused(folder, path.name)
         path.write_bytes(whole)
     assert not verify_store(folder).errors
     return found

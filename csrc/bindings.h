@@ -6,5 +6,6 @@ namespace zipmoe {
 
 void bind_cache(nanobind::module_& m);
 void bind_codec(nanobind::module_& m);
+void bind_engine(nanobind::module_& m);
 
 }  // namespace zipmoe

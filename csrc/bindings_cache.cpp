@@ -1,4 +1,6 @@
 // The expert cache for Python.
+#include "bindings_cache.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -12,7 +14,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cache.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -30,26 +31,7 @@ std::span<const std::uint64_t> numbers_of(const Table& table) {
   return {table.data(), table.size()};
 }
 
-// The cache as Python owns it: a forked child must leave it alone when it collects its garbage.
-class Handle {
- public:
-  Handle(std::vector<std::string> paths, const Table& table, const CacheOptions& options) {
-    const std::span<const std::uint64_t> numbers = numbers_of(table);
-    nb::gil_scoped_release release;
-    cache_ = std::make_unique<ExpertCache>(std::move(paths), numbers, options);
-  }
-  Handle(const Handle&) = delete;
-  Handle& operator=(const Handle&) = delete;
-  ~Handle() {
-    if (cache_->is_forked()) (void)cache_.release();
-  }
-  ExpertCache* operator->() const { return cache_.get(); }
-
- private:
-  std::unique_ptr<ExpertCache> cache_;
-};
-
-void decode_into(const Handle& cache, std::uint64_t layer, std::uint64_t expert,
+void decode_into(const CacheHandle& cache, std::uint64_t layer, std::uint64_t expert,
                  std::uint64_t matrix, const Out& out) {
   const MatrixSpec& spec = cache->spec(layer, expert, matrix);
   if (out.shape(0) != spec.rows || out.shape(1) != spec.columns)
@@ -68,7 +50,7 @@ void decode_into(const Handle& cache, std::uint64_t layer, std::uint64_t expert,
   cache->decode(layer, expert, matrix, target);
 }
 
-nb::dict counters_of(const Handle& cache) {
+nb::dict counters_of(const CacheHandle& cache) {
   const CacheCounters counters = cache->counters();
   nb::dict named;
   named["hits"] = counters.hits;
@@ -84,37 +66,37 @@ nb::dict counters_of(const Handle& cache) {
 }  // namespace
 
 void bind_cache(nb::module_& m) {
-  nb::class_<Handle>(m, "ExpertCache")
+  nb::class_<CacheHandle>(m, "ExpertCache")
       .def(
           "__init__",
-          [](Handle* self, std::vector<std::string> paths, const Table& matrices,
+          [](CacheHandle* self, std::vector<std::string> paths, const Table& matrices,
              std::uint64_t capacity_bytes, std::string reader, std::string isa) {
-            new (self) Handle(std::move(paths), matrices,
-                              {capacity_bytes, std::move(reader), std::move(isa)});
+            new (self) CacheHandle(std::move(paths), numbers_of(matrices),
+                                   {capacity_bytes, std::move(reader), std::move(isa)});
           },
           "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "reader"_a = "", "isa"_a = "")
       .def_static(
           "floor_bytes",
           [](const Table& matrices) { return ExpertCache::floor_bytes(numbers_of(matrices)); },
           "matrices"_a)
-      .def_prop_ro("reader", [](const Handle& self) { return self->reader_name(); })
-      .def_prop_ro("isa", [](const Handle& self) { return std::string(name(self->isa())); })
-      .def_prop_ro("slots", [](const Handle& self) { return self->num_slots(); })
+      .def_prop_ro("reader", [](const CacheHandle& self) { return self->reader_name(); })
+      .def_prop_ro("isa", [](const CacheHandle& self) { return std::string(name(self->isa())); })
+      .def_prop_ro("slots", [](const CacheHandle& self) { return self->num_slots(); })
       .def_prop_ro("allocated_bytes",
-                   [](const Handle& self) {
+                   [](const CacheHandle& self) {
                      nb::gil_scoped_release release;
                      return self->allocated_bytes();
                    })
       .def(
           "prefetch",
-          [](const Handle& self, std::uint64_t layer, const Experts& experts) {
+          [](const CacheHandle& self, std::uint64_t layer, const Experts& experts) {
             nb::gil_scoped_release release;
             self->prefetch(layer, experts);
           },
           "layer"_a, "experts"_a)
       .def("decode", &decode_into, "layer"_a, "expert"_a, "matrix"_a, "out"_a.noconvert())
       .def("counters", &counters_of)
-      .def("close", [](const Handle& self) {
+      .def("close", [](const CacheHandle& self) {
         nb::gil_scoped_release release;
         self->close();
       });

@@ -369,14 +369,23 @@ void ExpertCache::decode(std::uint64_t layer, std::uint64_t expert, std::uint64_
   const std::uint64_t begin = now_ns();
   try {
     zipmoe::decode(wanted, lease.extents(matrix), target, isa_);
-  } catch (CorruptError& error) {
-    const ExpertRecord& record = table_.records()[table_.find(layer, expert)];
-    const bool second = error.plane == kExponentPlane;
-    const ExpertMatrix& place = table_.matrices(record)[matrix];
-    throw corrupt(record, error.reason + " in " + matrix_name(matrix, record.num_matrices),
-                  place.extents[second ? 1 : 0].offset);
+  } catch (const CorruptError& error) {
+    throw located(error, layer, expert, matrix);
   }
   decode_ns_ += now_ns() - begin;
+}
+
+CorruptError ExpertCache::located(const CorruptError& error, std::uint64_t layer,
+                                  std::uint64_t expert, std::uint64_t matrix) const {
+  const ExpertRecord& record = table_.records()[table_.find(layer, expert)];
+  const bool second = error.plane == kExponentPlane;
+  const ExpertMatrix& place = table_.matrices(record)[matrix];
+  return corrupt(record, error.reason + " in " + matrix_name(matrix, record.num_matrices),
+                 place.extents[second ? 1 : 0].offset);
+}
+
+std::size_t ExpertCache::num_matrices(std::uint64_t layer, std::uint64_t expert) const {
+  return table_.records()[table_.find(layer, expert)].num_matrices;
 }
 
 CacheCounters ExpertCache::counters() const {

@@ -80,6 +80,12 @@ class ExpertCache final : private ReadSink {
   void decode(std::uint64_t layer, std::uint64_t expert, std::uint64_t matrix,
               const Target& target);
 
+  // The same error with file, layer, expert and offset of the matrix filled in.
+  [[nodiscard]] CorruptError located(const CorruptError& error, std::uint64_t layer,
+                                     std::uint64_t expert, std::uint64_t matrix) const;
+  // How many matrices an expert has; throws std::invalid_argument where there is no such expert.
+  [[nodiscard]] std::size_t num_matrices(std::uint64_t layer, std::uint64_t expert) const;
+
   [[nodiscard]] CacheCounters counters() const;
   // Waits for calls and leases of others, which end with an error where they still wait for a read;
   // frees threads, files and memory. Any later call throws std::invalid_argument. Idempotent.

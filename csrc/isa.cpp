@@ -8,7 +8,10 @@ namespace {
 bool runs(Isa isa) {
   if (isa == Isa::portable) return true;
 #if defined(__x86_64__)
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  if (isa == Isa::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("fma");
+  if (isa == Isa::avx512bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
@@ -21,7 +24,7 @@ bool runs(Isa isa) {
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable})
+  for (Isa isa : {Isa::avx512bf16, Isa::avx512, Isa::avx2, Isa::portable})
     if (runs(isa)) isas.push_back(isa);
   return isas;
 }
@@ -30,6 +33,8 @@ Isa best_isa() { return available_isas().front(); }
 
 std::string_view name(Isa isa) {
   switch (isa) {
+    case Isa::avx512bf16:
+      return "avx512bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:

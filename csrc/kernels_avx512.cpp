@@ -1,89 +1,8 @@
 // The kernels for AVX-512 with VBMI and VBMI2: 64 weights, one group, per vector.
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "lookup_avx512.h"
 
 namespace zipmoe {
 namespace {
-
-using u8 = std::uint8_t;
-using u16 = std::uint16_t;
-using u64 = std::uint64_t;
-
-constexpr std::size_t kGroup = 64;
-
-template <unsigned kBits>
-constexpr std::size_t kGroupBytes = kBits * kGroup / 8;
-
-template <unsigned kBits>
-constexpr std::size_t kTableBytes = std::size_t{1} << kBits;
-
-// Shift of each 16-byte lane by 0, 2, 4, 6 bits: where a 2-bit group holds the lane's codes.
-__m512i lane_shifts() { return _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0); }
-
-template <class Word>
-Word load(const u8* from) {
-  Word word;
-  __builtin_memcpy(&word, from, sizeof word);
-  return word;
-}
-
-__m128i load128(const u8* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-
-// Exponents of one group of codes; escapes show the table's last entry.
-// vpermb reads six index bits: each table is repeated over the bits above the code, so that what
-// the shifts leave there does not matter and need not be masked off.
-template <unsigned kBits>
-class Lookup;
-
-template <>
-class Lookup<2> {
- public:
-  explicit Lookup(const u8* table) : table_(_mm512_set1_epi32(load<int>(table))) {}
-  __m512i operator()(const u8* group) const {
-    const __m512i codes = _mm512_srlv_epi32(_mm512_broadcast_i32x4(load128(group)), lane_shifts());
-    return _mm512_permutexvar_epi8(codes, table_);
-  }
-
- private:
-  __m512i table_;
-};
-
-template <>
-class Lookup<3> {
- public:
-  explicit Lookup(const u8* table)
-      : low_(_mm512_set1_epi32(load<int>(table))), high_(_mm512_set1_epi32(load<int>(table + 4))) {}
-  __m512i operator()(const u8* group) const {
-    const __m512i codes = _mm512_srlv_epi32(_mm512_broadcast_i32x4(load128(group)), lane_shifts());
-    const __mmask64 is_high = _cvtu64_mask64(load<u64>(group + 16));
-    return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, low_), is_high, codes,
-                                        high_);
-  }
-
- private:
-  __m512i low_, high_;
-};
-
-template <>
-class Lookup<4> {
- public:
-  explicit Lookup(const u8* table) : table_(_mm512_broadcast_i32x4(load128(table))) {}
-  __m512i operator()(const u8* group) const {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group));
-    const __m512i codes =
-        _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-    return _mm512_permutexvar_epi8(codes, table_);
-  }
-
- private:
-  __m512i table_;
-};
-
-template <unsigned kBits>
-__m512i escape_mark(const u8* table) {
-  return _mm512_set1_epi8(static_cast<char>(table[kTableBytes<kBits> - 1]));
-}
 
 template <unsigned kBits>
 std::size_t unrank(const u8* codes, std::size_t n, const u8* table, const u8* escapes, u8* out) {
@@ -102,49 +21,28 @@ std::size_t unrank(const u8* codes, std::size_t n, const u8* table, const u8* es
   return static_cast<std::size_t>(next - escapes);
 }
 
-// BF16 words of a group. Interleaved, a weight reads EEEEEEEE MMMMMMM S: one rotation is missing.
 template <bool kStream>
-void store_merged(__m512i sign_mantissa, __m512i exponents, u16* out) {
-  const __m512i low = _mm512_unpacklo_epi8(sign_mantissa, exponents);
-  const __m512i high = _mm512_unpackhi_epi8(sign_mantissa, exponents);
-  const __m512i first = _mm512_shrdi_epi16(low, low, 1);
-  const __m512i second = _mm512_shrdi_epi16(high, high, 1);
+void store(const Words& words, u16* out) {
   if constexpr (kStream) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), first);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + 32), second);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), words.first);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + 32), words.second);
   } else {
-    _mm512_storeu_si512(out, first);
-    _mm512_storeu_si512(out + 32, second);
+    _mm512_storeu_si512(out, words.first);
+    _mm512_storeu_si512(out + 32, words.second);
   }
 }
 
 template <unsigned kBits, bool kStream>
 std::size_t merge_block(const CodedBlock& block, const BlockTarget& target) {
-  const Lookup<kBits> look_up(block.table);
-  const __m512i mark = escape_mark<kBits>(block.table);
-  const u8* codes = block.codes;
-  const u8* sign_mantissa = block.sign_mantissa;
-  const u8* next = block.escapes;
+  GroupReader<kBits> groups(block);
   u16* panel = target.out;
-  for (std::uint32_t row = 0; row < target.height; row += 4, panel += 4 * target.stride) {
+  for (std::uint32_t row = 0; row < target.height; row += 4, panel += 4 * target.stride)
     for (std::uint32_t column = 0; column < target.width; column += kGroup) {
       u16* out = panel + column;
 #pragma GCC unroll 4
-      for (unsigned k = 0; k < 4; ++k, out += target.stride) {
-        __m512i exponents = look_up(codes);
-        codes += kGroupBytes<kBits>;
-        const __mmask64 escaped = _mm512_cmpeq_epi8_mask(exponents, mark);
-        // With 4 bits hardly a group has an escape: a branch is cheaper than the expansion.
-        if (kBits < 4 || __builtin_expect(_cvtmask64_u64(escaped) != 0, 0)) {
-          exponents = _mm512_mask_expand_epi8(exponents, escaped, _mm512_loadu_si512(next));
-          next += _mm_popcnt_u64(_cvtmask64_u64(escaped));
-        }
-        store_merged<kStream>(_mm512_loadu_si512(sign_mantissa), exponents, out);
-        sign_mantissa += kGroup;
-      }
+      for (unsigned k = 0; k < 4; ++k, out += target.stride) store<kStream>(groups.next(), out);
     }
-  }
-  return static_cast<std::size_t>(next - block.escapes);
+  return groups.used();
 }
 
 template <unsigned kBits>
@@ -160,8 +58,8 @@ void merge8_block(const u8* sign_mantissa, const u8* exponents, const BlockTarge
     for (std::uint32_t column = 0; column < target.width; column += kGroup) {
       u16* out = panel + column;
       for (unsigned k = 0; k < 4; ++k, out += target.stride) {
-        store_merged<kStream>(_mm512_loadu_si512(sign_mantissa), _mm512_loadu_si512(exponents),
-                              out);
+        store<kStream>(
+            merge_words(_mm512_loadu_si512(sign_mantissa), _mm512_loadu_si512(exponents)), out);
         sign_mantissa += kGroup;
         exponents += kGroup;
       }

@@ -10,6 +10,10 @@ namespace zipmoe {
 void decode_rank(Codec codec, const Grid& grid, const Extents& extents, const Target& target,
                  const Kernels& kernels, unsigned threads);
 
+// One block of a rank codec to BF16. Returns how many escapes were consumed.
+std::size_t merge(Codec codec, const CodedBlock& block, const BlockTarget& target,
+                  const Kernels& kernels);
+
 // Fills both planes. Throws std::length_error where the variable part exceeds 4 GiB.
 void encode_rank(const Source& source, const Grid& grid, const Kernels& kernels, unsigned threads,
                  Encoded& encoded);

@@ -19,6 +19,7 @@ std::uint64_t xxh3_baseline(const std::uint8_t* bytes, std::size_t size) {
 Hash best_hash() {
   switch (best_isa()) {
 #if defined(__x86_64__)
+    case Isa::avx512bf16:
     case Isa::avx512:
       return xxh3_avx512;
     case Isa::avx2:

@@ -14,7 +14,7 @@ from zipmoe import _core
 
 CODECS = ["raw", "rank223", "rank3", "rank4", "zstd", "lz4hc"]
 RANKS = CODECS[1:4]
-ISAS = _core.available_isas()
+ISAS = [isa for isa in _core.available_isas() if isa != "avx512bf16"]  # products only
 
 
 def stored_bits(coded, matrix):

@@ -3,6 +3,7 @@
 Arrays are numpy; the GIL is released in every call that works on data.
 """
 
+import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 def available_isas() -> list[str]:
-    """Instruction sets of this machine, best first: some of "avx512", "avx2", "portable"."""
+    """Name the instruction sets of this machine, best first.
+
+    Some of "avx512bf16" (for products: codecs do as with "avx512"), "avx512", "avx2", "portable".
+    """
 
 def geometry(rows: int, columns: int) -> tuple[int, int]:
     """(row group, k-tile) that zipmoe chooses for a matrix (docs/format.md section 5)."""
@@ -128,3 +132,123 @@ class ExpertCache:
         """
     def close(self) -> None:
         """Free threads, files and memory. Idempotent. Any later call raises ValueError."""
+
+class Gate(enum.Enum):
+    """The activation between the products of a gated block."""
+
+    silu = 0
+    gelu = 1
+    gelu_tanh = 2
+    relu = 3
+    relu2 = 4
+
+class PackedMatrix:
+    """A BF16 matrix as it lies in memory, ready to multiply. Holds the arrays that it lies in."""
+
+    codec: str
+    rows: int
+    columns: int
+    nbytes: int
+
+    def __init__(
+        self,
+        codec: str,
+        extents: tuple[NDArray[np.uint8], NDArray[np.uint8]],
+        *,
+        rows: int,
+        columns: int,
+        row_group: int,
+        k_tile: int,
+    ) -> None:
+        """Raise CorruptError where the extents are no such matrix, ValueError for zstd, lz4hc."""
+
+    def decode(self, out: int) -> None:
+        """Decode all of it to [rows, columns] at the address `out`."""
+
+class Engine:
+    """Products and whole layers from packed weights. One call at a time; others wait.
+
+    Tensors come as addresses of BF16 data with the elements from one column to the next, and the
+    number of columns (tokens): whoever calls has checked dtypes, shapes and contiguity.
+    """
+
+    isa: str
+    threads: int
+
+    def __init__(self, *, threads: int = 0, isa: str = "") -> None:
+        """Threads = 0: the pool that the process shares, one for each core."""
+
+    def counters(self) -> dict[str, int]:
+        """Count calls, and busy_ns: in calls, waiting for reads included."""
+
+    def read(self, data: NDArray[np.uint8]) -> int:
+        """Read memory at full speed; returns the exclusive or of its words."""
+
+    def multiply(
+        self,
+        matrix: PackedMatrix,
+        x: int,
+        x_stride: int,
+        count: int,
+        bias: int,
+        out: int,
+        out_stride: int,
+    ) -> None:
+        """Multiply [count, columns] with it, to [count, rows]; `bias` is 0 or an address."""
+
+    def gated(
+        self,
+        gate: PackedMatrix,
+        up: PackedMatrix,
+        down: PackedMatrix,
+        kind: Gate,
+        x: int,
+        x_stride: int,
+        count: int,
+        out: int,
+        out_stride: int,
+    ) -> None:
+        """Run down(activation(gate x) * up x), rounded once between the products."""
+
+    def decode_rows(
+        self, matrix: PackedMatrix, rows: int, count: int, out: int, out_stride: int
+    ) -> None:
+        """Decode the rows whose int64 numbers are at `rows`."""
+
+    def experts(
+        self,
+        cache: ExpertCache,
+        layer: int,
+        experts: int,
+        weights: int,
+        k: int,
+        num_experts: int,
+        kind: Gate,
+        x: int,
+        x_stride: int,
+        count: int,
+        out: int,
+        out_stride: int,
+    ) -> None:
+        """Run the routed experts of a layer.
+
+        `experts` [count, k] int64, numbers from num_experts on count nothing; `weights` [count, k]
+        float32. Each token's experts are summed in ascending order of their numbers.
+        """
+
+    def multiply_expert(
+        self,
+        cache: ExpertCache,
+        layer: int,
+        expert: int,
+        matrix: int,
+        x: int,
+        x_stride: int,
+        count: int,
+        out: int,
+        out_stride: int,
+    ) -> None:
+        """Multiply with one matrix of one expert, to BF16."""
+
+def set_num_threads(threads: int) -> None:
+    """Set how many threads the shared pool has from the next Engine on; 0: one for each core."""

@@ -1,0 +1,138 @@
+"""Stock transformers and zipmoe as engines of the benchmarks: both are ordinary models."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from engine import Engine, Timed, measured, rss_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WARM_UP_PASSES = 20
+
+
+class ModelEngine(Engine):
+    """A transformers model that is fed tokens."""
+
+    def __init__(self, model: Any, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.model = model
+        self.cache: Any = None
+        self.logits_now: Any = None
+
+    def feed(self, ids: list[int]) -> None:
+        with torch.inference_mode():
+            result = self.model(
+                torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+        self.cache, self.logits_now = result.past_key_values, result.logits
+
+    def reset(self) -> None:
+        self.cache = None
+
+    def logits(self) -> np.ndarray:
+        return self.logits_now[0, -1].float().numpy()
+
+    def layers(self, prompt: list[int], ids: list[int]) -> Timed:
+        """Time decoder layers while tokens are decoded: the mean of one layer and token.
+
+        The clock runs from the call of the first layer to the return of the last: neither
+        embedding, masks and positions nor the head count.
+        """
+        layers = self.model.model.layers
+        self.reset()
+        self.feed(prompt)
+        seconds, native = [0.0], [0.0]
+        with measured() as usage, _clock(layers, seconds, native, self.native_seconds):
+            for token in ids:
+                self.feed([token])
+        visits = len(ids) * len(layers)
+        timed = {"layer": seconds[0] / visits}
+        if native[0]:
+            timed["outside"] = (seconds[0] - native[0]) / visits
+        return Timed(timed, usage)
+
+    def native_seconds(self) -> float:
+        """Say how long calls of zipmoe's core have taken so far; 0 if nothing says so."""
+        return 0.0
+
+    def facts(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "engine": "transformers",
+            "version": transformers.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "experts": config._experts_implementation,
+            "attention": config._attn_implementation,
+            "rss_bytes": rss_bytes(),
+        }
+
+
+class _clock:  # noqa: N801  (used like a function)
+    """Adds up the time from the first layer's call to the last layer's return."""
+
+    def __init__(self, layers: Any, seconds: list[float], native: list[float], core: Any) -> None:
+        def start(*_: Any) -> None:
+            native[0] -= core()
+            seconds[0] -= time.perf_counter()
+
+        def stop(*_: Any) -> None:
+            seconds[0] += time.perf_counter()
+            native[0] += core()
+
+        self.handles = [
+            layers[0].register_forward_pre_hook(start),
+            layers[-1].register_forward_hook(stop),
+        ]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class ZipmoeEngine(ModelEngine):
+    """A model loaded from a store."""
+
+    def __init__(
+        self, store: str, *, compute: str, memory: str, context: int, threads: int
+    ) -> None:
+        import zipmoe  # noqa: PLC0415
+
+        self.loaded = zipmoe.load(store, memory=memory, compute=compute, context=context)
+        super().__init__(self.loaded.model, threads)
+
+    def misses(self) -> int:
+        return self.loaded.runtime.cache.counters()["misses"]
+
+    def fill(self, vocabulary: int, tokens: int) -> None:
+        """Run prompts until every expert that they need is in memory."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(WARM_UP_PASSES):
+            ids = torch.randint(vocabulary, (tokens,), generator=generator).tolist()
+            if not self.prefill(ids).misses:
+                return
+        raise RuntimeError("experts still come from the drive: grant more --memory")
+
+    def native_seconds(self) -> float:
+        engine = getattr(self.loaded.runtime, "engine", None)
+        return engine.counters()["busy_ns"] / 1e9 if engine is not None else 0.0
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {
+            "engine": "zipmoe",
+            "engaged": self.loaded.runtime.engaged(),
+            "memory": self.loaded.memory.as_dict(),
+        }
+
+
+def open_stock(checkpoint: str, threads: int) -> ModelEngine:
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    return ModelEngine(model.eval(), threads)

@@ -1,0 +1,116 @@
+"""Engines in processes of their own, so that arms can alternate without sharing threads or memory.
+
+A worker waits, using no processor time, until it is told to call a method of its engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import statistics
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+
+
+def available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def require_memory(needed: int, what: str) -> None:
+    if needed > available_bytes():
+        raise SystemExit(
+            f"{what} need {needed / 1e9:.1f} GB of memory and {available_bytes() / 1e9:.1f} GB "
+            "are available: use fewer --layers"
+        )
+
+
+def _serve(connection: Connection, factory: str, arguments: dict[str, Any]) -> None:
+    module, name = factory.split(":")
+    try:
+        engine = getattr(importlib.import_module(module), name)(**arguments)
+        connection.send((True, None))
+        while (request := connection.recv()) is not None:
+            method, positional = request
+            connection.send((True, getattr(engine, method)(*positional)))
+    except EOFError:
+        pass
+    except Exception:  # noqa: BLE001  (whatever it is, whoever waits must be told)
+        connection.send((False, traceback.format_exc()))
+
+
+class Worker:
+    """An engine made by `factory` ("module:callable") in a new process with this environment."""
+
+    def __init__(
+        self, name: str, factory: str, environment: dict[str, str], **arguments: Any
+    ) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(theirs, factory, arguments), name=name, daemon=True
+        )
+        with _environment(environment):
+            self.process.start()
+        theirs.close()
+        self._receive()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        self.connection.send((method, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            good, result = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise SystemExit(f"{self.name} ended with {self.process.exitcode}") from None
+        if not good:
+            raise SystemExit(f"{self.name} failed:\n{result}")
+        return result
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.connection.send(None)
+        self.process.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def in_child(function: str, **arguments: Any) -> None:
+    """Run "module:callable" in a process that gives its memory back when it is done."""
+    Worker(function, function, {}, **arguments).close()
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def spread(values: list[float], digits: int = 3) -> dict[str, float]:
+    kinds = {"median": statistics.median, "min": min, "max": max}
+    return {name: round(kind(values), digits) for name, kind in kinds.items()}
+
+
+def rotated(names: list[str], number: int) -> list[str]:
+    """Give the arms in another order in every repetition, so that none is always first."""
+    shift = number % len(names)
+    return names[shift:] + names[:shift]

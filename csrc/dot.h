@@ -1,0 +1,80 @@
+// Products of BF16 weights and BF16 columns, one table of function pointers per instruction set.
+// As in kernels.h: files that implement them include nothing but these headers and intrinsics.
+//
+// The one order of every product (docs/kernels.md): 16 sums in FP32 per output. Weight k of a row
+// goes to sum (k mod 32) div 2; a sum takes its weights in ascending k. The 16 sums are then added
+// in halves: i and i + 8, i and i + 4, i and i + 2, the last two. Nothing else decides about a bit:
+// not the number of columns, not the threads, not the codec, not the blocks.
+//
+// AVX-512 BF16 multiplies by vdpbf16ps, which takes denormals as 0 and adds the two products of a
+// lane in its own way. All others add product after product with a single rounding each: a product
+// of two BF16 numbers is exact in FP32 (unless it underflows), so a fused multiply-add and a
+// multiplication followed by an addition give the same bits.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace zipmoe {
+
+inline constexpr std::size_t kSums = 16;           // per output
+inline constexpr std::uint32_t kCodedColumns = 4;  // the most that `coded*` take at once
+inline constexpr std::uint32_t kPanelColumns = 6;  // the most that `panel` takes at once
+
+// The columns to multiply with. Readable and 0 from the last weight to the next multiple of 64.
+struct Columns {
+  const std::uint16_t* data;
+  std::ptrdiff_t stride;  // elements from one column to the next
+  std::uint32_t count;
+};
+
+// The sums of output (row, column) begin at data[(column * stride + row) * kSums].
+struct Sums {
+  float* data;
+  std::ptrdiff_t stride;  // rows
+  bool begin;             // from 0, not from what is there
+};
+
+// What the next products will read, to be fetched meanwhile: a line of each stretch at every step.
+struct Ahead {
+  const std::uint8_t* stretches[4];
+  std::size_t lines;  // of each; not more than steps
+};
+
+// Which activation stands between the first and the last product of an expert.
+enum class Gate : std::uint8_t { silu, gelu, gelu_tanh, relu, relu2 };
+
+struct DotKernels {
+  // A whole block of 2, 3 or 4-bit codes times 1 to kCodedColumns columns. Return how many escapes
+  // were consumed. Null where decoding into a panel first is as good.
+  std::size_t (*coded2)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
+                        const Columns& x, const Sums& sums);
+  std::size_t (*coded3)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
+                        const Columns& x, const Sums& sums);
+  std::size_t (*coded4)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
+                        const Columns& x, const Sums& sums);
+  // Four rows of plain weights, `stride` elements apart, times 1 to kPanelColumns columns.
+  void (*panel)(const std::uint16_t* rows, std::ptrdiff_t stride, std::uint32_t width,
+                const Columns& x, const Sums& sums, const Ahead& ahead);
+  // out[i] = the sum of sums[i].
+  void (*reduce)(const float* sums, std::size_t n, float* out);
+  // Round to BF16, to nearest and ties to even; NaN stays NaN. `bias` (BF16) may be null.
+  void (*round)(const float* values, std::size_t n, const std::uint16_t* bias, std::uint16_t* out);
+  // out = round(activation(gate) * up); `up` may be null: no multiplication.
+  void (*gate)(Gate kind, const float* gate, const float* up, std::size_t n, std::uint16_t* out);
+  // total += weight * value, in FP32, the product rounded first.
+  void (*weigh)(const float* values, std::size_t n, float weight, float* total);
+};
+
+// The table of an instruction set that this machine has.
+const DotKernels& dot_kernels(Isa isa);
+
+extern const DotKernels kPortableDot;
+#if defined(__x86_64__)
+extern const DotKernels kAvx2Dot;
+extern const DotKernels kAvx512Dot;
+extern const DotKernels kAvx512Bf16Dot;
+#endif
+
+}  // namespace zipmoe

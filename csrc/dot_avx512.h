@@ -1,0 +1,189 @@
+// The products for AVX-512, with and without vdpbf16ps: `Multiply` says how 32 weights and 32
+// values go into 16 sums. Internal linkage: each file that includes it has its own flags.
+#pragma once
+#include "dot_pointwise.h"
+#include "lookup_avx512.h"
+
+namespace zipmoe {
+namespace {
+
+// kRows x kColumns outputs whose sums are in registers.
+template <class Multiply, unsigned kColumns, unsigned kRows = 4>
+class Tile {
+ public:
+  explicit Tile(const Sums& sums, std::uint32_t row) : sums_(sums), row_(row) {
+    if (sums.begin) {
+#pragma GCC unroll 4
+      for (unsigned r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (unsigned c = 0; c < kColumns; ++c) at_[r][c] = _mm512_setzero_ps();
+    } else {
+#pragma GCC unroll 4
+      for (unsigned r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (unsigned c = 0; c < kColumns; ++c) at_[r][c] = _mm512_loadu_ps(place(r, c));
+    }
+  }
+  [[gnu::always_inline]] void add(const __m512i (&weights)[kRows], const u16* x,
+                                  std::ptrdiff_t stride) {
+#pragma GCC unroll 8
+    for (unsigned c = 0; c < kColumns; ++c) {
+      const __m512i values = _mm512_loadu_si512(x + c * stride);
+#pragma GCC unroll 4
+      for (unsigned r = 0; r < kRows; ++r) at_[r][c] = Multiply::add(at_[r][c], weights[r], values);
+    }
+  }
+  void store() const {
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (unsigned c = 0; c < kColumns; ++c) _mm512_storeu_ps(place(r, c), at_[r][c]);
+  }
+
+ private:
+  float* place(unsigned r, unsigned c) const {
+    return sums_.data + (static_cast<std::ptrdiff_t>(c) * sums_.stride + row_ + r) *
+                            static_cast<std::ptrdiff_t>(kSums);
+  }
+  const Sums& sums_;
+  std::uint32_t row_;
+  __m512 at_[kRows][kColumns];
+};
+
+template <class Multiply, unsigned kBits, unsigned kColumns>
+std::size_t coded_block(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
+                        const Columns& x, const Sums& sums) {
+  GroupReader<kBits> groups(block);
+  for (std::uint32_t row = 0; row < height; row += 4) {
+    Tile<Multiply, kColumns> tile(sums, row);
+    for (std::uint32_t column = 0; column < width; column += kGroup) {
+      __m512i first[4], second[4];
+#pragma GCC unroll 4
+      for (unsigned k = 0; k < 4; ++k) {
+        const Words words = groups.next();
+        first[k] = words.first;
+        second[k] = words.second;
+      }
+      tile.add(first, x.data + column, x.stride);
+      tile.add(second, x.data + column + 32, x.stride);
+    }
+    tile.store();
+  }
+  return groups.used();
+}
+
+template <class Multiply, unsigned kBits>
+std::size_t coded(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
+                  const Columns& x, const Sums& sums) {
+  switch (x.count) {
+    case 1:
+      return coded_block<Multiply, kBits, 1>(block, height, width, x, sums);
+    case 2:
+      return coded_block<Multiply, kBits, 2>(block, height, width, x, sums);
+    case 3:
+      return coded_block<Multiply, kBits, 3>(block, height, width, x, sums);
+    default:
+      return coded_block<Multiply, kBits, 4>(block, height, width, x, sums);
+  }
+}
+
+template <class Multiply, unsigned kColumns>
+void panel_of(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
+              const Sums& sums, const Ahead& ahead) {
+  Tile<Multiply, kColumns> tile(sums, 0);
+  const u16* from[4] = {rows, rows + stride, rows + 2 * stride, rows + 3 * stride};
+  std::uint32_t column = 0;
+  const auto step = [&]() __attribute__((always_inline)) {
+    __m512i weights[4];
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < 4; ++r) weights[r] = _mm512_loadu_si512(from[r] + column);
+    tile.add(weights, x.data + column, x.stride);
+    column += 32;
+  };
+  for (; column / 32 < ahead.lines; step())
+#pragma GCC unroll 4
+    for (const u8* stretch : ahead.stretches)
+      _mm_prefetch(reinterpret_cast<const char*>(stretch + 2 * column), _MM_HINT_T1);
+  while (column < width) step();
+  tile.store();
+}
+
+// A few columns wait for memory, and memory is quickest in one run: row after row.
+template <class Multiply, unsigned kColumns>
+void rows_of(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
+             const Sums& sums, const Ahead&) {
+  for (unsigned r = 0; r < 4; ++r) {
+    Tile<Multiply, kColumns, 1> tile(sums, r);
+    for (std::uint32_t column = 0; column < width; column += 32) {
+      const __m512i weights[1] = {_mm512_loadu_si512(rows + r * stride + column)};
+      tile.add(weights, x.data + column, x.stride);
+    }
+    tile.store();
+  }
+}
+
+template <class Multiply>
+void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
+           const Sums& sums, const Ahead& ahead) {
+  static constexpr decltype(&panel<Multiply>) kByColumns[] = {
+      rows_of<Multiply, 1>,  rows_of<Multiply, 2>,  rows_of<Multiply, 3>,
+      panel_of<Multiply, 4>, panel_of<Multiply, 5>, panel_of<Multiply, 6>,
+  };
+  kByColumns[x.count - 1](rows, stride, width, x, sums, ahead);
+}
+
+// Sixteen outputs at once: at each step, what is left of two of them is brought into one vector.
+inline __m512 halve16(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+}
+inline __m512 halve8(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+inline __m512 halve4(__m512 a, __m512 b) {
+  const __m512d left = _mm512_castps_pd(a), right = _mm512_castps_pd(b);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
+                       _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+}
+inline __m512 halve2(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
+}
+
+inline __m512 reduce16(const float* sums) {
+  __m512 eight[8], four[4];
+  for (unsigned i = 0; i < 8; ++i)
+    eight[i] =
+        halve16(_mm512_loadu_ps(sums + 2 * i * kSums), _mm512_loadu_ps(sums + (2 * i + 1) * kSums));
+  for (unsigned i = 0; i < 4; ++i) four[i] = halve8(eight[2 * i], eight[2 * i + 1]);
+  const __m512 crossed = halve2(halve4(four[0], four[1]), halve4(four[2], four[3]));
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  return _mm512_permutexvar_ps(order, crossed);
+}
+
+void reduce(const float* sums, std::size_t n, float* out) {
+  std::size_t i = 0;
+  for (; i + kSums <= n; i += kSums) _mm512_storeu_ps(out + i, reduce16(sums + kSums * i));
+  if (i == n) return;
+  alignas(64) float last[kSums * kSums];
+  const auto rest = static_cast<unsigned>(n - i);
+  __builtin_memcpy(last, sums + kSums * i, rest * kSums * sizeof(float));
+  __builtin_memset(last + rest * kSums, 0, (kSums - rest) * kSums * sizeof(float));
+  const auto mask = static_cast<__mmask16>((1U << rest) - 1);
+  _mm512_mask_storeu_ps(out + i, mask, reduce16(last));
+}
+
+template <class Multiply>
+constexpr DotKernels avx512_kernels() {
+  return {
+      .coded2 = coded<Multiply, 2>,
+      .coded3 = coded<Multiply, 3>,
+      .coded4 = coded<Multiply, 4>,
+      .panel = panel<Multiply>,
+      .reduce = reduce,
+      .round = round_values,
+      .gate = gate_values,
+      .weigh = weigh_values,
+  };
+}
+
+}  // namespace
+}  // namespace zipmoe

@@ -1,0 +1,104 @@
+// What is done to each value by itself: the same source for every instruction set, left to the
+// compiler to vectorise, without contraction of a multiplication and an addition into one operation
+// (the build says -ffp-contract=off for these files). So its results are the same everywhere.
+// Internal linkage: each file that includes it is compiled with its own flags.
+#pragma once
+#include "dot.h"
+
+namespace zipmoe {
+namespace {
+
+inline std::uint32_t bits_of(float value) { return __builtin_bit_cast(std::uint32_t, value); }
+inline float float_of(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
+
+inline std::uint16_t to_bf16(float value) {
+  const std::uint32_t bits = bits_of(value);
+  const std::uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const bool is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+  return static_cast<std::uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded);
+}
+
+inline float from_bf16(std::uint16_t word) { return float_of(std::uint32_t{word} << 16); }
+
+// e to the x within 2 units in the last place, for x <= 88; 0 below -87; NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; a polynomial of degree 6 for e to the r.
+inline float exp_of(float x) {
+  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves the nearest integer
+  const float bounded = x > 88.0F ? 88.0F : x;
+  const float shifted = bounded * 1.44269504F + kRound;
+  const float n = shifted - kRound;
+  const float r = (bounded - n * 0.693359375F) - n * -2.12194440e-4F;
+  float p = 1.9875691500e-4F;
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = (p * r) * r + (r + 1.0F);
+  const auto exponent = (bits_of(shifted) - bits_of(kRound)) << 23;
+  const float scaled = float_of(bits_of(p) + exponent);
+  return x < -87.0F ? 0.0F : scaled;
+}
+
+inline float silu(float x) { return x / (1.0F + exp_of(-x)); }
+
+// x (1 + tanh y) / 2 = x / (1 + e to the -2y): nothing cancels.
+inline float gelu_tanh(float x) {
+  const float y = 0.7978845608F * (x + 0.044715F * x * x * x);
+  return x / (1.0F + exp_of(-2.0F * y));
+}
+
+// erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
+inline float gelu_erf(float x) {
+  const float z = x * 0.70710678F;
+  const float magnitude = z < 0.0F ? -z : z;
+  const float t = 1.0F / (1.0F + 0.3275911F * magnitude);
+  float p = 1.061405429F;
+  p = p * t - 1.453152027F;
+  p = p * t + 1.421413741F;
+  p = p * t - 0.284496736F;
+  p = p * t + 0.254829592F;
+  const float tail = p * t * exp_of(-magnitude * magnitude);  // 1 - erf(|z|)
+  return 0.5F * x * (x < 0.0F ? tail : 2.0F - tail);
+}
+
+inline float relu(float x) { return x < 0.0F ? 0.0F : x; }  // NaN stays NaN
+inline float relu2(float x) { return relu(x) * relu(x); }
+
+template <float (*kActivation)(float)>
+void gate_with(const float* gate, const float* up, std::size_t n, std::uint16_t* out) {
+  if (up == nullptr)
+    for (std::size_t i = 0; i < n; ++i) out[i] = to_bf16(kActivation(gate[i]));
+  else
+    for (std::size_t i = 0; i < n; ++i) out[i] = to_bf16(kActivation(gate[i]) * up[i]);
+}
+
+void gate_values(Gate kind, const float* gate, const float* up, std::size_t n, std::uint16_t* out) {
+  switch (kind) {
+    case Gate::silu:
+      return gate_with<silu>(gate, up, n, out);
+    case Gate::gelu:
+      return gate_with<gelu_erf>(gate, up, n, out);
+    case Gate::gelu_tanh:
+      return gate_with<gelu_tanh>(gate, up, n, out);
+    case Gate::relu:
+      return gate_with<relu>(gate, up, n, out);
+    case Gate::relu2:
+      return gate_with<relu2>(gate, up, n, out);
+  }
+}
+
+void round_values(const float* values, std::size_t n, const std::uint16_t* bias,
+                  std::uint16_t* out) {
+  if (bias == nullptr)
+    for (std::size_t i = 0; i < n; ++i) out[i] = to_bf16(values[i]);
+  else
+    for (std::size_t i = 0; i < n; ++i) out[i] = to_bf16(values[i] + from_bf16(bias[i]));
+}
+
+void weigh_values(const float* values, std::size_t n, float weight, float* total) {
+  for (std::size_t i = 0; i < n; ++i) total[i] += weight * values[i];
+}
+
+}  // namespace
+}  // namespace zipmoe

@@ -1,0 +1,97 @@
+// Whole layers from packed weights: products, gated blocks, experts. One call at a time.
+//
+// Which thread computes what changes no bit: every output row belongs to one piece of work, and
+// experts are summed in ascending order of their numbers, whatever the order in which they came.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "cache.h"
+#include "matmul.h"
+#include "pool.h"
+
+namespace zipmoe {
+
+// The three products of a gated block, or the two of one without a gate (`gate` null then).
+struct GatedMatrices {
+  const PackedMatrix* gate;
+  const PackedMatrix* up;
+  const PackedMatrix* down;
+};
+
+// Which experts `count` tokens go to: `k` each, with their weights. Numbers from num_experts on
+// count nothing.
+struct Routing {
+  const std::int64_t* experts;
+  const float* weights;
+  std::uint64_t k;
+  std::uint64_t num_experts;
+};
+
+struct EngineCounters {
+  std::uint64_t calls = 0;
+  std::uint64_t busy_ns = 0;  // in calls, waiting for reads included
+};
+
+class Engine {
+ public:
+  // threads = 0: the pool that the process shares.
+  Engine(unsigned threads, Isa isa);
+
+  // y[c * stride + r] = the products, `bias` (BF16, may be null) added, rounded to BF16 once.
+  void multiply(const PackedMatrix& matrix, const Input& x, const std::uint16_t* bias,
+                std::uint16_t* y, std::ptrdiff_t stride);
+  // y = down (activation(gate x) * up x), what is between the products rounded to BF16 once.
+  void gated(const GatedMatrices& matrices, Gate kind, const Input& x, std::uint16_t* y,
+             std::ptrdiff_t stride);
+  // Rows of an embedding.
+  void decode_rows(const PackedMatrix& matrix, std::span<const std::int64_t> rows,
+                   std::uint16_t* out, std::ptrdiff_t stride);
+  // y[t] = the sum over a token's experts of weight * gated(x[t]), rounded once.
+  void experts(ExpertCache& cache, std::uint64_t layer, const Routing& routing, Gate kind,
+               const Input& x, std::uint16_t* y, std::ptrdiff_t stride);
+  // One product of one expert, rounded to BF16.
+  void multiply_expert(ExpertCache& cache, std::uint64_t layer, std::uint64_t expert,
+                       std::uint64_t matrix, const Input& x, std::uint16_t* y,
+                       std::ptrdiff_t stride);
+
+  // The exclusive or of all whole words: for measuring how fast memory is read.
+  std::uint64_t read(std::span<const std::uint8_t> bytes);
+
+  [[nodiscard]] Isa isa() const { return isa_; }
+  [[nodiscard]] unsigned num_threads() const { return pool_->num_threads(); }
+  [[nodiscard]] EngineCounters counters() const;
+
+ private:
+  class Turn;
+  struct Visit {  // one token at one expert
+    std::uint64_t expert, token;
+    float weight;
+  };
+
+  void product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
+               std::uint16_t* y, std::ptrdiff_t stride);
+  Columns inner(const GatedMatrices& matrices, Gate kind, const Columns& x);
+  void list_visits(const Routing& routing, std::uint64_t tokens);
+  Columns gather(const Input& x, std::span<const Visit> visits, std::uint64_t weights);
+  void run_expert(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
+                  std::span<const Visit> visits, std::uint64_t hidden);
+  PackedMatrix packed(ExpertCache& cache, const Lease& lease, std::uint64_t layer,
+                      std::uint64_t expert, std::uint64_t matrix);
+
+  std::shared_ptr<WorkerPool> pool_;
+  Isa isa_;
+  const DotKernels& dot_;
+  std::vector<std::unique_ptr<Multiplier>> multipliers_;  // by thread
+  std::mutex mutex_;
+  std::vector<Visit> visits_;
+  std::vector<std::uint64_t> distinct_;
+  Buffer columns_, inner_, total_, decoded_[3];
+  std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0;
+};
+
+}  // namespace zipmoe

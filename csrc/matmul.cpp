@@ -1,0 +1,302 @@
+#include "matmul.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "error.h"
+#include "rank_codec.h"
+
+namespace zipmoe {
+namespace {
+
+// From this many columns on, several row groups are decoded before they are multiplied, so that a
+// few columns stay in the first cache while all of these rows pass.
+constexpr std::uint32_t kManyColumns = 24;
+constexpr std::uint64_t kManyRows = 32;
+// More are multiplied in turns, or their sums would leave the second cache.
+constexpr std::uint32_t kMostColumns = 512;
+
+// Rows of a decoded panel do not lie a power of two apart, for the reason given at column_stride.
+constexpr std::uint32_t kPanelSkew = 32;
+
+Columns part(const Columns& x, std::uint64_t first_weight, std::uint32_t first,
+             std::uint32_t count) {
+  return {x.data + first * x.stride + static_cast<std::ptrdiff_t>(first_weight), x.stride, count};
+}
+
+Sums part(const Sums& sums, std::uint64_t row, std::uint32_t column) {
+  const auto at = static_cast<std::ptrdiff_t>(row) + column * sums.stride;
+  return {sums.data + at * static_cast<std::ptrdiff_t>(kSums), sums.stride, sums.begin};
+}
+
+template <class T>
+T* room(Buffer& buffer, std::size_t n) {
+  if (buffer.size() < n * sizeof(T) + kVectorSlack) buffer.resize(n * sizeof(T) + kVectorSlack);
+  const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
+  return reinterpret_cast<T*>(buffer.data() + (ceil_to(address, kVectorSlack) - address));
+}
+
+}  // namespace
+
+bool PackedMatrix::is_multiplied_packed(Codec codec) {
+  return codec == Codec::raw || codec == Codec::rank223 || codec == Codec::rank3 ||
+         codec == Codec::rank4;
+}
+
+PackedMatrix::PackedMatrix(const MatrixSpec& spec, const Extents& extents)
+    : spec_(spec), extents_(extents) {
+  if (!is_multiplied_packed(spec.codec))
+    throw std::invalid_argument("codec " + std::string(name(spec.codec)) +
+                                " has to be decoded before it is multiplied");
+  if (spec.element_bytes != sizeof(std::uint16_t))
+    throw std::invalid_argument("only BF16 matrices are multiplied");
+  if (!within_limits(spec.rows, spec.columns))
+    throw CorruptError("a matrix of such a size is beyond the format's limits");
+  std::uint64_t first = spec.rows * spec.columns * sizeof(std::uint16_t);
+  if (spec.codec != Codec::raw) {
+    if (!is_valid(spec.geometry)) throw CorruptError("the geometry is none of the format's");
+    grid_.emplace(spec.rows, spec.columns, spec.geometry);
+    first = grid_->weights();
+  }
+  if (extents.sign_mantissa.size() != first)
+    throw CorruptError("the plane has " + std::to_string(extents.sign_mantissa.size()) +
+                           " bytes where such a matrix has " + std::to_string(first),
+                       kSignMantissaPlane);
+  if (grid_ && grid_->blocks() != 0)
+    codes_.emplace(extents.exponent, spec.codec, *grid_);
+  else if (!extents.exponent.empty())
+    throw CorruptError("there are codes where there are none to be", kExponentPlane);
+}
+
+struct Multiplier::Strip {
+  const PackedMatrix& matrix;
+  std::uint64_t begin, end;  // rows, the end padded to whole panels
+  Sums sums;
+
+  [[nodiscard]] std::uint64_t height() const { return end - begin; }
+};
+
+struct Multiplier::Panels {
+  const std::uint16_t* rows;
+  std::ptrdiff_t stride;
+  std::uint64_t height;
+  std::uint32_t width;
+  Ahead ahead;  // of the first panel; the same of each panel after it
+};
+
+Multiplier::Multiplier(Isa isa)
+    : kernels_(kernels(isa)), dot_(dot_kernels(isa)), codes_(std::make_unique<BlockCodes>()) {}
+
+float* Multiplier::values(unsigned which, std::size_t n) { return room<float>(values_[which], n); }
+
+void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t end,
+                      const Columns& x, float* y, std::ptrdiff_t stride) {
+  if (matrix.columns() == 0) {
+    for (std::uint32_t c = 0; c < x.count; ++c) std::fill_n(y + c * stride, end - begin, 0.0F);
+    return;
+  }
+  if (x.count > kMostColumns) {
+    for (std::uint32_t c = 0; c < x.count; c += kMostColumns)
+      rows(matrix, begin, end, part(x, 0, c, std::min(kMostColumns, x.count - c)), y + c * stride,
+           stride);
+    return;
+  }
+  const std::uint64_t unit = matrix.row_unit();
+  // In between, the columns take the first cache, and each row group goes there alone.
+  const bool together = x.count <= kCodedColumns || x.count >= kManyColumns;
+  const std::uint64_t step = together ? std::max(unit, kManyRows / unit * unit) : unit;
+  for (std::uint64_t row = begin; row < end; row += step) {
+    const std::uint64_t real = std::min(step, end - row);
+    const std::uint64_t height = ceil_to(real, kPanelRows);
+    float* sums = room<float>(sums_, height * x.count * kSums);
+    const Strip strip{matrix, row, row + height, {sums, static_cast<std::ptrdiff_t>(height), true}};
+    if (!matrix.grid_)
+      raw(strip, x);
+    else if (x.count <= kCodedColumns && dot_.coded2 != nullptr)
+      fused(strip, x);
+    else
+      by_panels(strip, x);
+    for (std::uint32_t c = 0; c < x.count; ++c)
+      dot_.reduce(sums + c * height * kSums, real, y + c * stride + (row - begin));
+  }
+}
+
+ReadyBlock Multiplier::prepare(const PackedMatrix& matrix, std::uint64_t group,
+                               std::uint64_t tile) {
+  const Grid& grid = *matrix.grid_;
+  const std::uint64_t first = grid.first_weight(group, tile);
+  ReadyBlock ready =
+      codes_->prepare(matrix.spec_.codec, *matrix.codes_, group * grid.k_tiles() + tile, first,
+                      grid.height(group) * grid.width(tile), kernels_);
+  ready.coded.sign_mantissa = matrix.extents_.sign_mantissa.data() + first;
+  return ready;
+}
+
+// A product with padding is 0 times what the padding decodes to, which is a number unless the
+// commonest exponent of the block is that of infinities.
+static bool has_unsafe_padding(const Grid& grid, std::uint64_t tile, const ReadyBlock& ready) {
+  return grid.real_width(tile) != grid.width(tile) && ready.coded.table[0] == 0xFF;
+}
+
+void Multiplier::fused(const Strip& strip, const Columns& x) {
+  const PackedMatrix& matrix = strip.matrix;
+  const Grid& grid = *matrix.grid_;
+  const Codec codec = matrix.spec_.codec;
+  const auto multiply = codec == Codec::rank223 ? dot_.coded2
+                        : codec == Codec::rank3 ? dot_.coded3
+                                                : dot_.coded4;
+  for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
+    const std::uint64_t group = row / grid.row_group();
+    Sums sums = part(strip.sums, row - strip.begin, 0);
+    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
+      const ReadyBlock ready = prepare(matrix, group, tile);
+      const auto height = static_cast<std::uint32_t>(grid.height(group));
+      const auto width = static_cast<std::uint32_t>(grid.width(tile));
+      const Columns columns = part(x, grid.first_column(tile), 0, x.count);
+      if (!has_unsafe_padding(grid, tile, ready)) {
+        BlockCodes::finish(ready, multiply(ready.coded, height, width, columns, sums));
+        continue;
+      }
+      auto* panel = room<std::uint16_t>(panel_, kBlockWeights);
+      decode_tile(strip, group, tile, panel, width);
+      multiply_panels({panel, width, height, width, {}}, columns, sums);
+    }
+  }
+}
+
+// Decode a block; its padding columns become 0.
+void Multiplier::decode_tile(const Strip& strip, std::uint64_t group, std::uint64_t tile,
+                             std::uint16_t* panel, std::ptrdiff_t stride) {
+  const PackedMatrix& matrix = strip.matrix;
+  const Grid& grid = *matrix.grid_;
+  const ReadyBlock ready = prepare(matrix, group, tile);
+  const BlockTarget target{panel, stride, static_cast<std::uint32_t>(grid.height(group)),
+                           static_cast<std::uint32_t>(grid.width(tile)), false};
+  BlockCodes::finish(ready, merge(matrix.spec_.codec, ready.coded, target, kernels_));
+  const std::uint64_t real = grid.real_width(tile);
+  if (real == target.width) return;
+  for (std::uint32_t row = 0; row < target.height; ++row)
+    std::fill(panel + row * stride + real, panel + row * stride + target.width, std::uint16_t{0});
+}
+
+// What decoding the next block will read: three quarters of it, the rest being codes of inner
+// levels.
+static Ahead ahead_of(const Grid& grid, const RankExtent& codes, const std::uint8_t* sign_mantissa,
+                      std::uint64_t block_end, std::uint32_t width) {
+  if (block_end >= grid.weights()) return {};
+  constexpr std::size_t kLine = 64;
+  const std::uint64_t weights =
+      std::min(grid.weights() - block_end, std::uint64_t{kPanelRows} * width);
+  const std::uint64_t third = weights / 3 / kLine * kLine;
+  const std::uint8_t* first = sign_mantissa + block_end;
+  return {{first, first + third, first + 2 * third, codes.codes(block_end)},
+          std::min<std::size_t>(weights / 3 / kLine, width / 32)};
+}
+
+void Multiplier::by_panels(const Strip& strip, const Columns& x) {
+  const Grid& grid = *strip.matrix.grid_;
+  Sums sums = strip.sums;
+  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
+    const auto width = static_cast<std::uint32_t>(grid.width(tile));
+    const std::uint32_t stride = width + kPanelSkew;
+    auto* panel = room<std::uint16_t>(panel_, strip.height() * stride);
+    std::uint64_t end = 0;
+    for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
+      const std::uint64_t group = row / grid.row_group();
+      decode_tile(strip, group, tile, panel + (row - strip.begin) * stride, stride);
+      end = grid.first_weight(group, tile) + grid.height(group) * width;
+    }
+    const Ahead ahead = ahead_of(grid, *strip.matrix.codes_,
+                                 strip.matrix.extents_.sign_mantissa.data(), end, width);
+    multiply_panels({panel, stride, strip.height(), width, ahead},
+                    part(x, grid.first_column(tile), 0, x.count), sums);
+  }
+}
+
+// A few columns at a time, all rows of the strip: the columns stay in the first cache.
+void Multiplier::multiply_panels(const Panels& panels, const Columns& x, const Sums& sums) {
+  const std::uint32_t tiles = (x.count + kPanelColumns - 1) / kPanelColumns;
+  for (std::uint32_t tile = 0; tile < tiles; ++tile) {
+    const std::uint32_t first = x.count * tile / tiles, end = x.count * (tile + 1) / tiles;
+    const Columns few = part(x, 0, first, end - first);
+    for (std::uint64_t row = 0; row < panels.height; row += kPanelRows)
+      dot_.panel(panels.rows + static_cast<std::ptrdiff_t>(row) * panels.stride, panels.stride,
+                 panels.width, few, part(sums, row, first),
+                 tile == 0 && row == 0 ? panels.ahead : Ahead{});
+  }
+}
+
+// Rows as they lie, in pieces of K as the blocks of the rank codecs would be. Rows that end inside
+// a group of 64, and the rows of an incomplete panel, are copied to where zeros follow.
+void Multiplier::raw(const Strip& strip, const Columns& x) {
+  const std::uint64_t columns = strip.matrix.columns(), rows = strip.matrix.rows();
+  const auto* data =
+      reinterpret_cast<const std::uint16_t*>(strip.matrix.extents_.sign_mantissa.data());
+  // A few columns stay in the first cache whatever their length.
+  const std::uint64_t tile =
+      x.count <= kCodedColumns ? columns : std::uint64_t{choose_geometry(rows, columns).k_tile};
+  const bool direct = columns % kGroupWeights == 0 && strip.end <= rows;
+  Sums sums = strip.sums;
+  for (std::uint64_t k = 0; k < columns; k += tile, sums.begin = false) {
+    const std::uint64_t real = std::min(tile, columns - k);
+    const auto width = static_cast<std::uint32_t>(ceil_to(real, kGroupWeights));
+    Panels panels{data + strip.begin * columns + k,
+                  static_cast<std::ptrdiff_t>(columns),
+                  strip.height(),
+                  width,
+                  {}};
+    if (direct && strip.end + kPanelRows <= rows) {
+      const std::uint16_t* next = data + strip.end * columns + k;
+      for (std::size_t row = 0; row < kPanelRows; ++row)
+        panels.ahead.stretches[row] = reinterpret_cast<const std::uint8_t*>(next + row * columns);
+      panels.ahead.lines = width / 32;
+    }
+    if (!direct) {
+      auto* panel = room<std::uint16_t>(panel_, strip.height() * width);
+      std::memset(panel, 0, strip.height() * width * sizeof *panel);
+      for (std::uint64_t row = strip.begin; row < std::min(strip.end, rows); ++row)
+        std::memcpy(panel + (row - strip.begin) * width, data + row * columns + k,
+                    real * sizeof *panel);
+      panels.rows = panel;
+      panels.stride = width;
+    }
+    multiply_panels(panels, part(x, k, 0, x.count), sums);
+  }
+}
+
+void Multiplier::decode_row(const PackedMatrix& matrix, std::uint64_t row, std::uint16_t* out) {
+  if (!matrix.grid_) {
+    const std::uint64_t bytes = matrix.columns() * sizeof *out;
+    std::memcpy(out, matrix.extents_.sign_mantissa.data() + row * bytes, bytes);
+    return;
+  }
+  const Grid& grid = *matrix.grid_;
+  const std::uint64_t group = row / grid.row_group();
+  const Strip strip{matrix, grid.first_row(group), grid.first_row(group) + grid.height(group), {}};
+  auto* panel = room<std::uint16_t>(panel_, kBlockWeights);
+  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
+    const auto width = static_cast<std::ptrdiff_t>(grid.width(tile));
+    decode_tile(strip, group, tile, panel, width);
+    std::memcpy(out + grid.first_column(tile),
+                panel + static_cast<std::ptrdiff_t>(row - strip.begin) * width,
+                grid.real_width(tile) * sizeof *out);
+  }
+}
+
+Columns ready_columns(const Input& input, std::uint64_t weights, Buffer& buffer) {
+  const auto count = static_cast<std::uint32_t>(input.count);
+  if (weights % kGroupWeights == 0 && count <= kCodedColumns)
+    return {input.data, input.stride, count};
+  const std::uint64_t stride = column_stride(weights);
+  auto* copy = room<std::uint16_t>(buffer, stride * count);
+  for (std::uint64_t c = 0; c < count; ++c) {
+    std::memcpy(copy + c * stride, input.data + static_cast<std::ptrdiff_t>(c) * input.stride,
+                weights * sizeof *copy);
+    std::fill(copy + c * stride + weights, copy + (c + 1) * stride, std::uint16_t{0});
+  }
+  return {copy, static_cast<std::ptrdiff_t>(stride), count};
+}
+
+}  // namespace zipmoe

@@ -1,0 +1,92 @@
+// Products straight from the packed planes: docs/kernels.md.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "buffer.h"
+#include "codec.h"
+#include "dot.h"
+#include "geometry.h"
+#include "rank_blocks.h"
+#include "rank_layout.h"
+
+namespace zipmoe {
+
+// A BF16 matrix as it lies in memory, its fixed parts checked. Does not own its extents.
+class PackedMatrix {
+ public:
+  // Throws CorruptError where the extents are no such matrix, std::invalid_argument for codecs that
+  // have to be decoded whole (zstd, lz4hc) and for elements that are not BF16.
+  PackedMatrix(const MatrixSpec& spec, const Extents& extents);
+  // True for codecs that this class takes.
+  static bool is_multiplied_packed(Codec codec);
+
+  [[nodiscard]] std::uint64_t rows() const { return spec_.rows; }
+  [[nodiscard]] std::uint64_t columns() const { return spec_.columns; }
+  [[nodiscard]] const MatrixSpec& spec() const { return spec_; }
+  // Products start at multiples of it.
+  [[nodiscard]] std::uint64_t row_unit() const { return grid_ ? grid_->row_group() : kPanelRows; }
+
+ private:
+  friend class Multiplier;
+  MatrixSpec spec_;
+  Extents extents_;
+  std::optional<Grid> grid_;         // none for raw
+  std::optional<RankExtent> codes_;  // none for raw, and where there are no weights
+};
+
+// BF16 columns to multiply with, x[c * stride + k], as they come: nothing beyond the last k is
+// read.
+struct Input {
+  const std::uint16_t* data;
+  std::ptrdiff_t stride;
+  std::uint64_t count;
+};
+
+// What a thread needs to multiply. Allocates when it grows, never otherwise.
+class Multiplier {
+ public:
+  explicit Multiplier(Isa isa);
+
+  // y[c * stride + r - begin] = the products of rows begin..end (begin a multiple of row_unit(),
+  // end too or the last row) with `x`, columns ready: readable and 0 up to a multiple of 64 of K.
+  void rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t end, const Columns& x,
+            float* y, std::ptrdiff_t stride);
+  // One row, decoded.
+  void decode_row(const PackedMatrix& matrix, std::uint64_t row, std::uint16_t* out);
+
+  [[nodiscard]] const DotKernels& dot() const { return dot_; }
+  // Room for n floats, the content undefined. Two of them, for gate and up.
+  float* values(unsigned which, std::size_t n);
+
+ private:
+  struct Strip;  // consecutive row groups of one matrix
+  void fused(const Strip& strip, const Columns& x);
+  void by_panels(const Strip& strip, const Columns& x);
+  void raw(const Strip& strip, const Columns& x);
+  void decode_tile(const Strip& strip, std::uint64_t group, std::uint64_t tile,
+                   std::uint16_t* panel, std::ptrdiff_t stride);
+  ReadyBlock prepare(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile);
+  struct Panels;  // decoded rows
+  void multiply_panels(const Panels& panels, const Columns& x, const Sums& sums);
+
+  const Kernels& kernels_;
+  const DotKernels& dot_;
+  std::unique_ptr<BlockCodes> codes_;
+  Buffer panel_, sums_, values_[2];
+};
+
+// Elements from one column to the next that Multiplier::rows likes best: a multiple of 64 bytes,
+// and an odd one, because columns a power of two apart evict each other from the first cache.
+constexpr std::uint64_t column_stride(std::uint64_t weights) {
+  return ceil_to(weights, kGroupWeights) + kGroupWeights / 2;
+}
+
+// The columns of `input`, ready for Multiplier::rows: they themselves where that is as good, else a
+// copy in `room`.
+Columns ready_columns(const Input& input, std::uint64_t weights, Buffer& room);
+
+}  // namespace zipmoe

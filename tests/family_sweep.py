@@ -73,7 +73,7 @@ def sweep(family: Family, folder: Path, *, tied: bool | None = None, seed: int =
 
 def compare(expected: Answers, store: Path) -> list[str]:
     """Load a store and say where it answers otherwise than expected."""
-    with zipmoe.load(store, memory="64GB") as loaded:
+    with zipmoe.load(store, memory="64GB", compute="torch") as loaded:
         differences = expected.differences(answers(loaded.model))
         counters = loaded.runtime.cache.counters()
         assert counters["hits"] + counters["misses"] > 0, "no expert was asked for"

@@ -45,7 +45,7 @@ def test_what_it_took_is_measured(loaded):
     document = json.loads(json.dumps(result.as_dict()))
     assert set(document["cache"]) == {"hits", "misses", "bytes_read"}
     assert set(document["engaged"]) == {"compute", "codec", "isa", "reader"}
-    assert document["engaged"]["compute"] == "torch"
+    assert document["engaged"]["compute"] == "native"
     assert document["engaged"]["codec"] == "rank223"
     assert all(document["engaged"].values())
     assert document["cache"]["hits"] + document["cache"]["misses"] > 0

@@ -11,16 +11,16 @@ import contextlib
 import re
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from zipmoe import _core, budget, footprint
+from zipmoe import _core, budget, footprint, packed
 from zipmoe._errors import MismatchError, ZipmoeError
 from zipmoe.dense import PADDING, DenseFile, DenseTensor
 from zipmoe.experts import (
@@ -30,7 +30,9 @@ from zipmoe.experts import (
     bind,
     experts_forward,
     needs_whole,
+    runs_in_one_call,
 )
+from zipmoe.packed import PackedDense
 from zipmoe.store import open_store
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["METHOD", "LoadOptions", "Runtime", "ZipmoeConfig", "ZipmoeQuantizer", "loading"]
 
 METHOD = "zipmoe"
-COMPUTES = ("torch",)
+COMPUTES = ("native", "torch")
 DEFAULT_CONTEXT = 4096
 
 
@@ -56,7 +58,7 @@ class LoadOptions:
 
     memory: int | None = None
     context: int | None = None
-    compute: str = "torch"
+    compute: str = "native"
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTES:
@@ -96,7 +98,8 @@ class Runtime:
     ) -> None:
         self.source, self.report, self.context = source, report, context
         self.folder, self.codec = str(store.path), dict(store.manifest.codec)
-        self.compute = "torch"
+        self.dense = PackedDense()
+        self.compute = "torch" if source.engine is None else "native"
 
     @property
     def cache(self) -> Any:
@@ -105,13 +108,24 @@ class Runtime:
 
     def engaged(self) -> dict[str, str]:
         """Say what is at work: compute, codec, instruction set, reader."""
-        cache = self.cache
-        codec = self.codec["experts"]
-        return {"compute": self.compute, "codec": codec, "isa": cache.isa, "reader": cache.reader}
+        cache, engine = self.cache, self.source.engine
+        return {
+            "compute": self.compute,
+            "codec": self.codec["experts"],
+            "isa": cache.isa if engine is None else engine.isa,
+            "reader": cache.reader,
+        }
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a model loaded by zipmoe cannot be pickled or saved; "
+            "`zipmoe unpack` restores the checkpoint"
+        )
 
     def close(self) -> None:
         """Free the cache's threads, files and memory. Idempotent; the model cannot run then."""
         self.source.cache.close()
+        self.dense.close()
 
 
 @register_quantizer(METHOD)
@@ -162,22 +176,43 @@ class ZipmoeQuantizer(HfQuantizer):
         model.eval()
         with open_store(Path(checkpoint_files[0]).parent) as store:
             source = self._bind(model, store)
+            dense = self._bind_dense(model, store, dtype)
             tensors, transient = _dense_tensors(model, store)
             self._paths, self._table = store.expert_table()
             context = self._context(model)
             needs = self._needs(model, source, context, dtype=dtype, loading=transient)
+            needs = replace(needs, dense=needs.dense + dense.nbytes)
             memory = self.options.memory or budget.available_memory().budget
             report = budget.plan(needs, memory)
             self._dense = DenseFile(tensors, store.read_dense)
+            dense.load(store, source.engine)
         weakref.finalize(self, self._dense.close)
         checkpoint_files[:] = [self._dense.path]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(PADDING)}"}
         self._runtime = Runtime(source, report, context, store)
+        self._runtime.dense = dense
+
+    def _bind_dense(self, model: Any, store: Any, dtype: Any) -> PackedDense:
+        """Put packed weights in the place of parameters that are BF16 and a tensor as it stands."""
+        if self.options.compute == "torch":
+            return PackedDense()
+        wider = [part.strip("*.") for part in model._get_dtype_plan(dtype)]
+        may = {name for name in packed.candidates(model) if not any(part in name for part in wider)}
+        return packed.bind(
+            model,
+            {
+                target: tensor
+                for tensor, target, pattern in _renamed(model, store)
+                if pattern is None and target in may and tensor.dtype == "BF16"
+            },
+        )
 
     def _bind(self, model: nn.Module, store: Any) -> ExpertSource:
         layers = expert_layers(store)
         source = ExpertSource(_NotYet(), layers)
+        if self.options.compute == "native":
+            source.engine = _core.Engine()
         bound: dict[str, ExpertLayer] = {}
         replaced = []
         for layer in layers:
@@ -210,6 +245,7 @@ class ZipmoeQuantizer(HfQuantizer):
             expert_width=max(sum(rows for rows, _ in layer.shapes[:-1]) for layer in layers),
             element_bytes=element,
             whole_experts=any(needs_whole(module) for module in model.modules()),
+            one_call=all(runs_in_one_call(module) for module in model.modules()),
         )
         floor = _core.ExpertCache.floor_bytes(self._table)
         return budget.Needs(
@@ -233,6 +269,8 @@ class ZipmoeQuantizer(HfQuantizer):
         self._dense.close()
         del model.config.transformers_weights
         runtime = self._runtime
+        if runtime.compute == "native":
+            packed.multiply_alone(model)
         runtime.source.cache = _core.ExpertCache(
             self._paths, self._table, capacity_bytes=runtime.report.cache
         )
@@ -326,10 +364,10 @@ def _check_engaged(model: nn.Module, bound: dict[str, ExpertLayer]) -> None:
             raise MismatchError(f"transformers does not let {name} use zipmoe's experts function")
 
 
-def _dense_tensors(model: Any, store: Any) -> tuple[list[DenseTensor], int]:
-    """Dense tensors that the model uses, and the bytes of those that loading will copy.
+def _renamed(model: Any, store: Any) -> Iterator[tuple[Any, str, str | None]]:
+    """Yield dense tensors that the model uses: tensor, parameter, pattern of what is merged.
 
-    Others, such as the layers for multi-token prediction, would be mapped and never read.
+    Others, such as the layers for multi-token prediction, would be loaded and never read.
     """
     # Not at import, for the reason given in validate_environment.
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
@@ -343,16 +381,22 @@ def _dense_tensors(model: Any, store: Any) -> tuple[list[DenseTensor], int]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     wanted = model.state_dict()
-    used, copied = [], 0
-    places = store.source.places()
     for tensor in store.dense_tensors():
         target, pattern = rename_source_key(
             tensor.name, renamings, converters, model.base_model_prefix, wanted
         )
         if target not in wanted and tensor.name in wanted:
             target, pattern = tensor.name, None
-        if target not in wanted:
-            continue
+        if target in wanted:
+            yield tensor, target, pattern
+
+
+def _dense_tensors(model: Any, store: Any) -> tuple[list[DenseTensor], int]:
+    """Dense tensors that are loaded as they are, and the bytes of those that loading will copy."""
+    wanted = model.state_dict()
+    used, copied = [], 0
+    places = store.source.places()
+    for tensor, target, pattern in _renamed(model, store):
         phase = places[tensor.name][1].start % 64
         size = tensor.decoded_bytes
         used.append(DenseTensor(tensor.name, tensor.dtype, tensor.shape, size, phase))

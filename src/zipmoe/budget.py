@@ -160,6 +160,7 @@ class Activations:
     quadratic_heads: int = 0  # heads whose [tokens, tokens] scores are held whole (eager attention)
     masked: bool = False  # whether an attention mask [tokens, tokens] is built
     whole_experts: bool = False  # activations of all experts at once (zipmoe.experts says when)
+    one_call: bool = False  # the engine runs a layer's experts in one call
 
     def bytes(self, tokens: int) -> int:
         """Peak of one pass over that many tokens, batch 1, without what experts decode into.
@@ -174,7 +175,13 @@ class Activations:
         return rest + self.experts_bytes(tokens)
 
     def experts_bytes(self, tokens: int) -> int:
-        """Count the experts' part: outputs of all chosen slots, activations of one expert."""
+        """Count the experts' part: outputs of all chosen slots, activations of one expert.
+
+        In one call: sums in FP32, outputs, and one expert's states and activations, to which all
+        tokens may go; and what each thread of a few decodes and adds up in.
+        """
+        if self.one_call:
+            return tokens * (8 * self.hidden + self.expert_width) + (16 << 20)
         wide = 3 * self.expert_width * (self.top_k if self.whole_experts else 1)
         return tokens * self.element_bytes * (self.top_k * self.hidden + wide)
 

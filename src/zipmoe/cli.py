@@ -79,10 +79,11 @@ Seed = Annotated[
     int, typer.Option(metavar="S", help="Seed of the draws when the temperature is above 0.")
 ]
 Compute = Annotated[
-    Literal["torch"],
+    Literal["native", "torch"],
     typer.Option(
         metavar="NAME",
-        help="torch: decoded weights through torch's own operators, exactly as stock.",
+        help="native: straight from the packed weights, the quick one. torch: decoded weights "
+        "through torch's own operators, exactly as stock.",
     ),
 ]
 
@@ -240,7 +241,7 @@ def generate(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    compute: Compute = "torch",
+    compute: Compute = "native",
     as_json: Json = False,
 ) -> None:
     """Answer one prompt with a packed model, inside a memory budget.
@@ -282,7 +283,7 @@ def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    compute: Compute = "torch",
+    compute: Compute = "native",
     system: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Instruction that stands before the conversation."),

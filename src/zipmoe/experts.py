@@ -1,28 +1,26 @@
 """Routed experts of a transformers model, taken from the expert cache while it runs.
 
-`bind` puts a stand-in where each expert parameter stood; `experts_forward` is the function that
-transformers' experts interface calls instead of its own. Both know the cache by its contract
-(`_core.pyi`) only: nothing here knows files, codecs or the memory budget.
+`experts_forward` is the function that transformers' experts interface calls instead of its own, for
+modules whose parameters are stand-ins (`_expert_source.bind`). With `compute="native"` the engine
+multiplies (`_expert_engine`).
 
-The function does what transformers' `grouped_mm` path does, operation by operation, so its
-results are the same bits: the same sort, the same products of the same operands, the same order
+Otherwise the function does what transformers' `grouped_mm` path does, operation by operation, so
+its results are the same bits: the same sort, the same products of the same operands, the same order
 of the last sum.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from zipmoe import _expert_engine
+from zipmoe._expert_source import ExpertLayer, ExpertMatrix, ExpertSource, bind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
 __all__ = [
     "IMPLEMENTATION",
@@ -32,207 +30,22 @@ __all__ = [
     "bind",
     "experts_forward",
     "needs_whole",
+    "runs_in_one_call",
 ]
 
 IMPLEMENTATION = "zipmoe"
 """Name of `experts_forward` in transformers' experts interface."""
 
 _COMBINED_ELEMENTS = 1 << 21  # of one block in the last sum
-# The element type as which a buffer is handed to the cache, by bytes per element.
-_BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-
-
-class DecodingCache(Protocol):
-    """What is needed of `zipmoe._core.ExpertCache`."""
-
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None: ...
-    def decode(self, layer: int, expert: int, matrix: int, out: NDArray[Any]) -> None: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class ExpertLayer:
-    """One experts module of the store: which matrices an expert has, in order of use.
-
-    `roles` holds "gate", "up" and "down" in the order of the record; `shapes` their (rows,
-    columns), that is (outputs, inputs).
-    """
-
-    ordinal: int
-    module: str
-    experts: int
-    roles: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-    dtype: torch.dtype
-
-    def rows(self, role: str) -> int:
-        """Count the outputs of the matrix of that role."""
-        return self.shapes[self.roles.index(role)][0]
-
-    def columns(self, role: str) -> int:
-        """Count the inputs of the matrix of that role."""
-        return self.shapes[self.roles.index(role)][1]
-
-
-@dataclass
-class Buffer:
-    """Memory for one decoded matrix: a tensor [rows, columns], and its bits for the cache."""
-
-    weights: Tensor
-    bits: NDArray[np.generic]
-
-
-@dataclass
-class ExpertSource:
-    """Decodes experts of a model into a few buffers that all layers share.
-
-    The buffers belong to whoever holds `lock`: a forward pass takes it for one layer at a time,
-    so that two threads that run the same model do not decode into each other's weights.
-    """
-
-    cache: DecodingCache
-    layers: list[ExpertLayer]
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    needs_whole: dict[type, bool] = field(default_factory=dict)  # see the function of that name
-    _buffers: dict[tuple[str, int, int, torch.dtype], Buffer] = field(default_factory=dict)
-
-    def gate_up(
-        self, layer: ExpertLayer, expert: int, *, interleaved: bool, own: bool = False
-    ) -> Tensor:
-        """Decode gate and up as one matrix [2 * intermediate, hidden]; gate first, or row about."""
-        rows = layer.rows("gate")
-        out = self._buffer("gate_up", 2 * rows, layer.columns("gate"), layer.dtype, own=own)
-        gate, up = (
-            (slice(0, None, 2), slice(1, None, 2))
-            if interleaved
-            else (slice(rows), slice(rows, None))
-        )
-        self._decode(layer, expert, "gate", out.bits[gate])
-        self._decode(layer, expert, "up", out.bits[up])
-        return out.weights
-
-    def single(self, layer: ExpertLayer, expert: int, role: str, *, own: bool = False) -> Tensor:
-        """One matrix as the store has it, [outputs, inputs]."""
-        out = self._buffer(role, layer.rows(role), layer.columns(role), layer.dtype, own=own)
-        self._decode(layer, expert, role, out.bits)
-        return out.weights
-
-    def _decode(self, layer: ExpertLayer, expert: int, role: str, out: NDArray[np.generic]) -> None:
-        self.cache.decode(layer.ordinal, expert, layer.roles.index(role), out)
-
-    def _buffer(
-        self, use: str, rows: int, columns: int, dtype: torch.dtype, *, own: bool
-    ) -> Buffer:
-        key = (use, rows, columns, dtype)
-        if own or key not in self._buffers:
-            bits = torch.empty(rows, columns, dtype=_BITS[dtype.itemsize])
-            buffer = Buffer(bits.view(dtype), bits.numpy())
-            if own:
-                return buffer
-            self._buffers[key] = buffer
-        return self._buffers[key]
-
-    @staticmethod
-    def buffer_bytes(layers: Sequence[ExpertLayer]) -> int:
-        """Bytes of all buffers that these layers will need (the decoded area)."""
-        sizes = set()
-        for layer in layers:
-            for role, (rows, columns) in zip(layer.roles, layer.shapes, strict=True):
-                fused = "gate" in layer.roles and role != "down"
-                sizes.add((role == "down", rows * (2 if fused else 1), columns, layer.dtype))
-        return sum(rows * columns * dtype.itemsize for _, rows, columns, dtype in sizes)
-
-
-class ExpertMatrix:
-    """Stands where a parameter [experts, ...] stood. Indexed by an expert, it decodes that expert.
-
-    That is all that the forward passes of families outside transformers' experts interface ask of
-    it. What they get is theirs to keep; the fast path of `experts_forward` uses shared buffers
-    instead.
-    """
-
-    def __init__(
-        self,
-        source: ExpertSource,
-        layer: ExpertLayer,
-        role: str,
-        parameter: Tensor,
-        *,
-        module: nn.Module,
-    ) -> None:
-        self.source, self.layer, self.role = source, layer, role
-        self.shape, self.dtype, self.device = parameter.shape, parameter.dtype, torch.device("cpu")
-        self.transposed = bool(getattr(module, "is_transposed", False))
-        self.interleaved = not getattr(module, "is_concatenated", True)
-        self._is_hf_initialized = (
-            True  # or families that initialise from outside would try to fill it
-        )
-
-    def __getitem__(self, expert: int | Tensor) -> Tensor:
-        """Decode one expert, shaped as the parameter's slice was."""
-        ordinal = _expert_ordinal(expert)
-        if self.role == "gate_up":
-            weights = self.source.gate_up(
-                self.layer, ordinal, interleaved=self.interleaved, own=True
-            )
-        else:
-            weights = self.source.single(self.layer, ordinal, self.role, own=True)
-        return weights.t() if self.transposed else weights
-
-    def dim(self) -> int:
-        """Count the dimensions of the parameter."""
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        """Shape of the parameter, or one length of it."""
-        return self.shape if dim is None else self.shape[dim]
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise TypeError("a model loaded by zipmoe cannot be copied: its experts are not in memory")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            "a model loaded by zipmoe cannot be pickled or saved: its experts are not in memory; "
-            "`zipmoe unpack` restores the checkpoint"
-        )
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
-            f"the experts of a model loaded by zipmoe are read on demand and have no {name!r}: "
-            "set_experts_implementation('zipmoe') or ('eager') works, others need whole tensors"
-        )
-
-
-def _expert_ordinal(expert: int | Tensor) -> int:
-    if isinstance(expert, Tensor) and expert.numel() != 1:
-        raise TypeError("experts are read one at a time: index by one expert, not by several")
-    return int(expert)
-
-
-def bind(module: nn.Module, source: ExpertSource, layer: ExpertLayer) -> list[str]:
-    """Put stand-ins in the place of an experts module's weights.
-
-    Returns the names of the parameters replaced. Biases and norms stay what they are: dense
-    weights.
-    """
-    roles = {"gate_up_proj": "gate_up"} if "gate" in layer.roles else {"up_proj": "up"}
-    roles["down_proj"] = "down"
-    for name, role in roles.items():
-        parameter = module.get_parameter(name)
-        delattr(module, name)  # nn.Module refuses a plain object over a parameter
-        setattr(module, name, ExpertMatrix(source, layer, role, parameter, module=module))
-    # Else _init_weights would fill the stand-ins.
-    module._is_hf_initialized = True  # type: ignore[assignment]
-    return list(roles)
 
 
 def experts_forward(
     self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Run the routed experts of one layer: as transformers' `grouped_mm` does, bit for bit.
+    """Run the routed experts of one layer.
+
+    Without an engine as transformers' `grouped_mm` does, bit for bit; with one, each token's states
+    are the same bits whatever other tokens there are.
 
     Parameters
     ----------
@@ -260,6 +73,11 @@ def experts_forward(
         return torch.empty_like(hidden)  # a skeleton is run for its shapes
     if hidden.device.type != "cpu":
         raise RuntimeError(f"zipmoe runs on the CPU; the hidden states are on {hidden.device}")
+    if _expert_engine.is_one_call(self, standin, hidden):
+        total = _expert_engine.one_call(self, standin, hidden, top_k_index, top_k_weights)
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            total = _NoGradient.apply(total, hidden)  # type: ignore[no-untyped-call]
+        return total
     with torch.no_grad(), standin.source.lock:
         ids, order = torch.sort(top_k_index.reshape(-1))
         groups = _groups(ids, self.num_experts)
@@ -352,6 +170,8 @@ def _run(
 
 def _up(self: Any, standin: ExpertMatrix, expert: int, x: Tensor) -> Tensor:
     source, layer = standin.source, standin.layer
+    if _expert_engine.is_native(standin, x):
+        return _expert_engine.up(self, standin, expert, x)
     if self.has_gate:
         weights = source.gate_up(layer, expert, interleaved=standin.interleaved)
     else:
@@ -363,6 +183,11 @@ def _up(self: Any, standin: ExpertMatrix, expert: int, x: Tensor) -> Tensor:
 
 
 def _down(self: Any, standin: ExpertMatrix, expert: int, h: Tensor, out: Tensor) -> None:
+    if _expert_engine.is_native(standin, h):
+        out.copy_(_expert_engine.product(standin, expert, "down", h))
+        if self.has_bias:
+            out += self.down_proj_bias[expert]
+        return
     weights = standin.source.single(standin.layer, expert, "down").to(standin.dtype)
     torch.mm(h.to(weights.dtype), weights.t(), out=out)
     if self.has_bias:
@@ -384,6 +209,17 @@ def needs_whole(module: Any) -> bool:
     if key not in known:
         known[key] = standin.dtype.itemsize != 2 or not _same_everywhere(module, standin.dtype)
     return known[key]
+
+
+def runs_in_one_call(module: Any) -> bool:
+    """Tell whether the engine does all of an experts module's work; true of any other module."""
+    standin = getattr(module, "down_proj", None)
+    if not isinstance(standin, ExpertMatrix):
+        return True
+    if not hasattr(module, "has_gate"):
+        return False
+    probe = torch.empty(0, dtype=standin.layer.dtype)
+    return _expert_engine.is_one_call(module, standin, probe)
 
 
 def _same_everywhere(module: Any, dtype: torch.dtype) -> bool:

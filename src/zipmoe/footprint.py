@@ -96,7 +96,7 @@ def _kv_from_config(config: Any, context: int) -> int:
 
 
 def activations(
-    model: Any, *, expert_width: int, element_bytes: int, whole_experts: bool
+    model: Any, *, expert_width: int, element_bytes: int, whole_experts: bool, one_call: bool
 ) -> Activations:
     """Widths that the size of a forward pass follows from."""
     config = model.config.get_text_config(decoder=True)
@@ -120,6 +120,7 @@ def activations(
         quadratic_heads=_heads_with_whole_scores(config),
         masked=True,
         whole_experts=whole_experts,
+        one_call=one_call,
     )
 
 

@@ -87,7 +87,7 @@ def load(
     store: str | os.PathLike[str],
     *,
     memory: str | int | None = None,
-    compute: str = "torch",
+    compute: str = "native",
     context: int | None = None,
 ) -> Loaded:
     """Load a packed model.
@@ -98,10 +98,10 @@ def load(
     memory : what the whole process may take: "2GB", "1500MB", "2GiB" or bytes. None: what the
     machine or the
         cgroup has available, less a reserve.
-    compute : "torch": decoded weights through torch's own operators, bit for bit as stock
-    transformers. context : most tokens of prompt and answer together; their KV cache is counted
-    in the memory. None: 4096, or
-        the model's maximum if that is less.
+    compute : "native": straight from the packed weights, each row in one fixed order. "torch":
+        decoded weights through torch's own operators, bit for bit as stock transformers.
+    context : most tokens of prompt and answer together; their KV cache is counted in the memory.
+        None: 4096, or the model's maximum if that is less.
 
     Returns
     -------

@@ -50,6 +50,19 @@ class DenseTensor:
     codec: str
     stored_bytes: int  # padding included
     decoded_bytes: int
+    plane_bytes: tuple[int, int]  # sign-mantissa and exponents, without padding
+
+
+@dataclass(frozen=True)
+class PackedRecord:
+    """A matrix as the store has it: verified, not decoded."""
+
+    codec: str
+    planes: tuple[NDArray[np.uint8], NDArray[np.uint8]]
+    rows: int
+    columns: int
+    row_group: int
+    k_tile: int
 
 
 class Store:
@@ -123,6 +136,7 @@ class Store:
                     CODECS[entry["codec"]],
                     int(ceil_to(entry["extents"][:2, 1], PAGE).sum()),
                     decoded_bytes(entry),
+                    (int(entry["extents"][0][1]), int(entry["extents"][1][1])),
                 )
             )
         return found
@@ -164,6 +178,16 @@ class Store:
         """
         shard, row = self._dense[name]
         return self.read_matrix(shard, row, threads=threads).reshape(self._dense_shapes[name])
+
+    def read_packed(self, name: str) -> PackedRecord:
+        """Read and verify a dense tensor, without decoding it. Raises as `read_dense`."""
+        shard, row = self._dense[name]
+        entry = shard.entries[row]
+        return PackedRecord(
+            CODECS[entry["codec"]],
+            (read_extent(shard, row, 0), read_extent(shard, row, 1)),
+            *(int(entry[key]) for key in ("rows", "columns", "row_group", "k_tile")),
+        )
 
     def expert_records(self) -> Iterator[tuple[int, int, OpenShard, range]]:
         """Layer, expert, shard and rows of the index of every expert, in order."""

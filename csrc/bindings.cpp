@@ -72,6 +72,7 @@ NB_MODULE(_core, m) {
     for (zipmoe::Isa isa : zipmoe::available_isas()) names.emplace_back(zipmoe::name(isa));
     return names;
   });
+  zipmoe::bind_attention(m);
   zipmoe::bind_cache(m);
   zipmoe::bind_codec(m);
   zipmoe::bind_engine(m);

@@ -1,5 +1,6 @@
 #include <stdexcept>
 
+#include "attention_kernels.h"
 #include "dot.h"
 #include "isa.h"
 #include "kernels.h"
@@ -43,6 +44,27 @@ const DotKernels& dot_kernels(Isa isa) {
 #endif
     case Isa::portable:
       return kPortableDot;
+  }
+  throw std::invalid_argument("unknown instruction set");
+}
+
+const AttentionKernels& attention_kernels(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512bf16:
+      return kAvx512Bf16Attention;
+    case Isa::avx512:
+      return kAvx512Attention;
+    case Isa::avx2:
+      return kAvx2Attention;
+#else
+    case Isa::avx512bf16:
+    case Isa::avx512:
+    case Isa::avx2:
+      throw std::invalid_argument("instruction set of another processor");
+#endif
+    case Isa::portable:
+      return kPortableAttention;
   }
   throw std::invalid_argument("unknown instruction set");
 }

@@ -252,3 +252,44 @@ class Engine:
 
 def set_num_threads(threads: int) -> None:
     """Set how many threads the shared pool has from the next Engine on; 0: one for each core."""
+
+class Attention:
+    """Attention of BF16 queries over BF16 keys and values, one fixed order for each query row.
+
+    No bit depends on threads, batch, padding, other rows, or on how a prompt is cut; instruction
+    sets may differ from each other (`csrc/attention_kernels.h`). One call at a time.
+    """
+
+    def __init__(self, *, threads: int = 0, isa: str = "") -> None:
+        """threads 0: the pool that the process shares. isa "": the best."""
+
+    @property
+    def isa(self) -> str: ...
+    def run(
+        self,
+        shape: tuple[int, int, int, int, int],
+        widths: tuple[int, int],
+        queries: tuple[int, tuple[int, int, int]],
+        keys: tuple[int, tuple[int, int, int]],
+        values: tuple[int, tuple[int, int, int]],
+        out: tuple[int, tuple[int, int, int]],
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        causal: bool = False,
+        offset: int = 0,
+        window: int = 0,
+        mask: tuple[int, tuple[int, ...], str] | None = None,
+        bias: tuple[int, tuple[int, ...], str] | None = None,
+        sinks: tuple[int, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Attend. Tensors are addresses with strides (elements) of batch, head and row; the last
+        dimension is contiguous. Nothing is checked but that the heads fit.
+
+        shape: batch, heads, key heads, queries, keys; widths: of a key, of a value. causal: query t
+        sees keys up to t + offset, and of those the last `window` if it is not 0. mask: address,
+        strides of batch, head, query and key, "bool" (which keys are allowed), "bfloat16" or
+        "float32" (added to the scores; the lowest finite number: not allowed); bias: the same, not
+        "bool", added only. sinks: FP32, strides of batch, head and query. Queries without a key
+        give 0.
+        """

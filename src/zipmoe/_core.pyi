@@ -261,7 +261,10 @@ class Attention:
     """
 
     def __init__(self, *, threads: int = 0, isa: str = "") -> None:
-        """threads 0: the pool that the process shares. isa "": the best."""
+        """Take the pool that the process shares (threads 0), or one of its own.
+
+        isa "": the best.
+        """
 
     @property
     def isa(self) -> str: ...
@@ -283,9 +286,10 @@ class Attention:
         bias: tuple[int, tuple[int, ...], str] | None = None,
         sinks: tuple[int, tuple[int, ...]] | None = None,
     ) -> None:
-        """Attend. Tensors are addresses with strides (elements) of batch, head and row; the last
-        dimension is contiguous. Nothing is checked but that the heads fit.
+        """Attend. Nothing is checked but that the heads fit.
 
+        Tensors: addresses with strides (elements) of batch, head and row, the last dimension being
+        contiguous.
         shape: batch, heads, key heads, queries, keys; widths: of a key, of a value. causal: query t
         sees keys up to t + offset, and of those the last `window` if it is not 0. mask: address,
         strides of batch, head, query and key, "bool" (which keys are allowed), "bfloat16" or

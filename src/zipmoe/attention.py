@@ -10,6 +10,7 @@ exception: here more keys than queries always come with a mask, unless there is 
 
 from __future__ import annotations
 
+import atexit
 import math
 import sys
 import threading
@@ -87,7 +88,13 @@ def engine() -> Any:
     global _engine  # noqa: PLW0603
     if _engine is None:
         _engine = _core.Attention()
+        atexit.register(_forget_engine)  # transformers' tables keep this module until the very end
     return _engine
+
+
+def _forget_engine() -> None:
+    global _engine  # noqa: PLW0603
+    _engine = None
 
 
 def register() -> None:
@@ -109,7 +116,7 @@ def mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> torch
     """
     from transformers.masking_utils import sdpa_mask  # noqa: PLC0415
 
-    if q_length != 1 and kv_length != q_length:
+    if q_length not in {1, kv_length}:
         kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
 
@@ -135,14 +142,14 @@ def attention_forward(
     reason = _why_not(module, (query, key, value), attention_mask, given)
     if reason is not None:
         FALLBACKS.add(reason)
-        return _transformers(module, query, key, value, attention_mask, given)
+        return _transformers(module, (query, key, value), attention_mask, given)
     scaling = given.pop("scaling", None)
     if scaling is None:
         scaling = _default_scaling(module, query)
     softcap = given.pop("softcap", 0.0)
     causal = _is_causal(module, query, key, attention_mask, given.pop("is_causal", None))
     bias = given.pop("position_bias", None)
-    sinks = _sinks(module, query, given)
+    sinks = _sinks(module, given)
     return attend(
         query,
         _rows(key),
@@ -270,26 +277,38 @@ def _why_not(
 ) -> str | None:
     """Say why the core cannot do this call, or return None."""
     query, key, value = tensors
-    for tensor in tensors:
-        if tensor.dtype != torch.bfloat16:
-            return f"{tensor.dtype}".removeprefix("torch.")
-        if tensor.device.type != "cpu":
-            return f"device {tensor.device.type}"
-        if tensor.requires_grad and torch.is_grad_enabled():
-            return "gradients"
     if torch.compiler.is_compiling():
         return "torch.compile"
     if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
         return "heads that do not fit"
-    if given.get("dropout"):
-        return "dropout"
-    if given.get("output_attentions"):
-        return "output_attentions"
-    for mask, name in ((attention_mask, "mask"), (given.get("position_bias"), "position_bias")):
-        if mask is not None and (mask.ndim != 4 or mask.dtype not in _MASK_TYPES):
-            return f"{name} of {mask.ndim} dimensions, {mask.dtype}"
+    return (
+        next(filter(None, map(_why_not_tensor, tensors)), None)
+        or _why_not_mask("mask", attention_mask)
+        or _why_not_mask("position_bias", given.get("position_bias"))
+        or _why_not_argument(module, query.shape[1], given)
+    )
+
+
+def _why_not_tensor(tensor: torch.Tensor) -> str | None:
+    if tensor.dtype != torch.bfloat16:
+        return f"{tensor.dtype}".removeprefix("torch.")
+    if tensor.device.type != "cpu":
+        return f"device {tensor.device.type}"
+    return "gradients" if tensor.requires_grad and torch.is_grad_enabled() else None
+
+
+def _why_not_mask(name: str, mask: torch.Tensor | None) -> str | None:
+    if mask is None or (mask.ndim == 4 and mask.dtype in _MASK_TYPES):
+        return None
+    return f"{name} of {mask.ndim} dimensions, {mask.dtype}"
+
+
+def _why_not_argument(module: Any, heads: int, given: dict[str, Any]) -> str | None:
+    for name in ("dropout", "output_attentions"):
+        if given.get(name):
+            return name
     sinks = given.get("s_aux", getattr(module, "sinks", None))
-    if "sinks" not in given and sinks is not None and sinks.numel() != query.shape[1]:
+    if "sinks" not in given and sinks is not None and sinks.numel() != heads:
         return "sinks that are not one for each head"
     unknown = [name for name, value in given.items() if name not in _KNOWN and value is not False]
     return f"argument {min(unknown)}" if unknown else None
@@ -318,7 +337,7 @@ def _is_causal(
     return True
 
 
-def _sinks(module: Any, query: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
+def _sinks(module: Any, given: dict[str, Any]) -> torch.Tensor | None:
     """Return the sinks as FP32, broadcasting to [batch, heads, queries].
 
     inkling2 passes one per query, the others one per head; mimo_v2_flash keeps them in its module.
@@ -332,13 +351,12 @@ def _sinks(module: Any, query: torch.Tensor, given: dict[str, Any]) -> torch.Ten
 
 def _transformers(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,
     given: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Let transformers do it: by the model's eager function where sdpa would leave out a part."""
+    query, key, value = tensors
     beyond_sdpa = given.keys() - _SDPA
     if not beyond_sdpa and getattr(module, "sinks", None) is None:
         from transformers.integrations.sdpa_attention import (  # noqa: PLC0415

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from machine import describe_machine
 from synthetic_qwen import Files, Shape, cache_folder
-from workers import Worker, in_child, require_memory, rotated, spread
+from workers import Worker, disturbed, in_child, require_memory, rotated, spread
 
 if TYPE_CHECKING:
     from engine import Timed
@@ -176,10 +176,15 @@ def summarise(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
             | {"target": TARGETS[measure]}
             for measure in MEASURES
         }
-    found["foreign_share"] = {
-        name: spread([one["usage"][name]["decode"]["foreign_share"] for one in repetitions])
-        for name in by_engine
-    }
+    return found
+
+
+def disturbances(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for name in repetitions[0]["usage"]:
+        timed = [usage for one in repetitions for usage in one["usage"][name].values()]
+        misses = sum(usage["misses"] for usage in timed)
+        found[name] = disturbed(name, timed) | {"misses": misses}
     return found
 
 
@@ -192,6 +197,8 @@ def print_summary(result: dict[str, Any]) -> None:
                     f"{name:20} {measure:11} {values['median']:8.2f} "
                     f"({values['min']:.2f} to {values['max']:.2f}{target})"
                 )
+    for name, of in result["disturbances"].items():
+        print(f"{name}, disturbed by: {of}")
     for name, facts in result["engines"].items():
         print(f"{name}: {facts}")
 
@@ -210,6 +217,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if with_llama:
         workers["llama.cpp"] = open_llama(files, options)
     repetitions = run_phase(workers, options, shape)
+    distinct = workers["zipmoe"].call("distinct_experts", Tokens(0, shape.vocabulary).prompt)
     engines = {name: worker.call("facts") for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
@@ -220,7 +228,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "bytes": {path.name: size(path) for path in (files.store, files.checkpoint)},
         "tokens": {"prefill": [SHORT, LONG], "skipped": SKIPPED, "decoded": DECODED},
         "engines": engines,
+        "distinct_experts_of_64_tokens": round(distinct, 2),
         "tokens_per_second": summarise(repetitions),
+        "disturbances": disturbances(repetitions),
         "repetitions": repetitions,
     }
     if options.stock:
@@ -237,6 +247,7 @@ def add_stock(
         repetitions = run_phase({"stock": worker}, options, shape)
         result["engines"]["stock"] = worker.call("facts")
     result["tokens_per_second"]["stock"] = summarise(repetitions)["stock"]
+    result["disturbances"] |= disturbances(repetitions)
     result["stock_repetitions"] = repetitions
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import sys
 from typing import Any
 
 import llama_cpp
@@ -16,7 +17,7 @@ _LOGGED = (3, 4)  # GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, _: Any) -> None:
     if level in _LOGGED:
-        print(text.decode(errors="replace"), end="", flush=True)
+        print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
 
 class LlamaEngine(Engine):
@@ -49,7 +50,7 @@ class LlamaEngine(Engine):
         llama_cpp.llama_synchronize(self.context)
 
     def reset(self) -> None:
-        llama_cpp.llama_memory_clear(self.memory, data=False)
+        llama_cpp.llama_memory_clear(self.memory, False)
 
     def logits(self) -> np.ndarray:
         pointer = llama_cpp.llama_get_logits_ith(self.context, -1)

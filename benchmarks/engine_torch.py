@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,7 @@ WARM_UP_PASSES = 20
 class ModelEngine(Engine):
     """A transformers model that is fed tokens."""
 
-    def __init__(self, model: Any, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.cache: Any = None
         self.logits_now: Any = None
@@ -104,10 +104,13 @@ class ZipmoeEngine(ModelEngine):
     def __init__(
         self, store: str, *, compute: str, memory: str, context: int, threads: int
     ) -> None:
-        import zipmoe  # noqa: PLC0415
+        import zipmoe  # noqa: PLC0415  (stock transformers runs without it)
+        from zipmoe import _core  # noqa: PLC0415
 
+        torch.set_num_threads(threads)  # before: what `load` makes of it is the product's choice
+        _core.set_num_threads(threads)
         self.loaded = zipmoe.load(store, memory=memory, compute=compute, context=context)
-        super().__init__(self.loaded.model, threads)
+        super().__init__(self.loaded.model)
 
     def misses(self) -> int:
         return self.loaded.runtime.cache.counters()["misses"]
@@ -121,18 +124,28 @@ class ZipmoeEngine(ModelEngine):
                 return
         raise RuntimeError("experts still come from the drive: grant more --memory")
 
+    def distinct_experts(self, ids: list[int]) -> float:
+        """Count the experts of a layer that a prompt goes to, in the mean over layers."""
+        before = self.loaded.runtime.cache.counters()
+        self.prefill(ids)
+        after = self.loaded.runtime.cache.counters()
+        visits = sum(after[name] - before[name] for name in ("hits", "misses"))
+        return visits / len(self.model.model.layers)
+
     def native_seconds(self) -> float:
-        engine = getattr(self.loaded.runtime, "engine", None)
+        engine = self.loaded.runtime.source.engine
         return engine.counters()["busy_ns"] / 1e9 if engine is not None else 0.0
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {
             "engine": "zipmoe",
+            "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "engaged": self.loaded.runtime.engaged(),
             "memory": self.loaded.memory.as_dict(),
         }
 
 
 def open_stock(checkpoint: str, threads: int) -> ModelEngine:
+    torch.set_num_threads(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    return ModelEngine(model.eval(), threads)
+    return ModelEngine(model.eval())

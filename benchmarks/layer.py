@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from machine import describe_machine
 from synthetic_qwen import Files, Shape, cache_folder
-from workers import Worker, in_child, rotated, spread
+from workers import Worker, disturbed, in_child, rotated, spread
 
 if TYPE_CHECKING:
     from engine import Timed
@@ -111,6 +111,9 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
             for arm in workers
             if "stock" in workers and arm != "stock"
         },
+        "disturbances": {
+            arm: disturbed(arm, [one[arm]["usage"] for one in repetitions]) for arm in workers
+        },
         "repetitions": repetitions,
     }
 
@@ -147,7 +150,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def print_summary(result: dict[str, Any]) -> None:
     for name in ("real", "tiny"):
         for arm, ms in result[name]["ms"].items():
-            ratio = result[name]["ratio_to_stock"].get(arm)
+            ratio = result[name]["ratio_to_stock"].get(arm) if name == "real" else None
             faster = "" if ratio is None else f", {ratio['median']:.2f}x stock"
             faster += "" if ratio is None else f" ({ratio['min']:.2f} to {ratio['max']:.2f})"
             spread_ = f"({ms['min']:.3f} to {ms['max']:.3f})"

@@ -7,7 +7,7 @@ vocabulary: tokens are forced.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -76,7 +76,7 @@ def tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
             yield Tensor(checkpoint, f"{block}.experts.{matrix}", parts)
 
 
-def add_settings(writer: gguf.GGUFWriter, config: dict) -> None:
+def add_settings(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])

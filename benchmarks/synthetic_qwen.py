@@ -115,7 +115,8 @@ def make_weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 def write_checkpoint(folder: Path, shape: Shape) -> None:
     from safetensors.torch import save_file  # noqa: PLC0415
 
-    places, size = {}, 0
+    places: dict[str, str] = {}
+    size = 0
     for shard, tensors in shards(shape):
         file = f"{shard}.safetensors"
         content = {name: make_weights(name, size) for name, size in tensors.items()}
@@ -164,7 +165,8 @@ def prepare(shape: Shape, cache: Path, *, repack: bool = False) -> Files:
         unfinished.rename(files.checkpoint)
     if repack:
         shutil.rmtree(files.store, ignore_errors=True)
-    pack_checkpoint(files.checkpoint, files.store)
+    if not (files.store / "zipmoe.json").exists():
+        pack_checkpoint(files.checkpoint, files.store)
     for folder in (files.checkpoint, files.store):
         forget_pages(folder)
     return files

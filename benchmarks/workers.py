@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import statistics
+import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
+
+MOST_FOREIGN = 0.1  # of one core: beyond it the machine was not idle
 
 
 def available_bytes() -> int:
@@ -108,6 +111,16 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
     kinds = {"median": statistics.median, "min": min, "max": max}
     return {name: round(kind(values), digits) for name, kind in kinds.items()}
+
+
+def disturbed(name: str, usages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up what should not have been: other processes at work, weights that were not in RAM."""
+    foreign = spread([usage["foreign_share"] for usage in usages])
+    if foreign["median"] > MOST_FOREIGN:
+        message = f"{name}: others took {foreign['median']:.0%} of a core, do not quote this run"
+        print(message, file=sys.stderr)
+    read = sum(usage["read_bytes"] for usage in usages)
+    return {"foreign_share": foreign, "read_bytes": read}
 
 
 def rotated(names: list[str], number: int) -> list[str]:

@@ -44,9 +44,10 @@ def test_what_it_took_is_measured(loaded):
     result = generate(loaded, "hello", max_tokens=8)
     document = json.loads(json.dumps(result.as_dict()))
     assert set(document["cache"]) == {"hits", "misses", "bytes_read"}
-    assert set(document["engaged"]) == {"compute", "codec", "isa", "reader"}
+    assert set(document["engaged"]) == {"compute", "codec", "isa", "reader", "fell_back"}
     assert document["engaged"]["compute"] == "native"
     assert document["engaged"]["codec"] == "rank223"
+    assert document["engaged"]["fell_back"] == "nothing"
     assert all(document["engaged"].values())
     assert document["cache"]["hits"] + document["cache"]["misses"] > 0
     assert document["memory_bytes"] == 64 * 10**9

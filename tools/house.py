@@ -20,6 +20,7 @@ RUNTIME = {
     "experts",
     "budget",
     "generate",
+    "attention",
     "dense",
     "linear",
     "packed",
@@ -28,6 +29,7 @@ RUNTIME = {
     "footprint",
     "_quantizer",
     "_rehearsal",
+    "_renaming",
 }
 # The commands know both halves; the package's front door names what both offer.
 ABOVE = {"cli", "__main__", "__init__"}

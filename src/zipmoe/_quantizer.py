@@ -20,9 +20,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from zipmoe import _core, budget, footprint, packed
+from zipmoe import _core, attention, budget, footprint, packed
 from zipmoe._errors import MismatchError, ZipmoeError
-from zipmoe.dense import PADDING, DenseFile, DenseTensor
+from zipmoe._renaming import DTYPES, dense_tensors, renamed
+from zipmoe.dense import PADDING, DenseFile
 from zipmoe.experts import (
     IMPLEMENTATION,
     ExpertLayer,
@@ -114,7 +115,16 @@ class Runtime:
             "codec": self.codec["experts"],
             "isa": cache.isa if engine is None else engine.isa,
             "reader": cache.reader,
+            "fell_back": ", ".join(self._fell_back()) or "nothing",
         }
+
+    def _fell_back(self) -> list[str]:
+        """Name what native compute left to torch, where its guarantee may not hold."""
+        if self.source.engine is None:
+            return []
+        gates = [kind.__name__ for kind, gate in self.source.gates.items() if gate is None]
+        attentions = [f"attention ({reason})" for reason in attention.FALLBACKS.reasons()]
+        return sorted(gates) + sorted(attentions) + self.dense.decoded
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -156,6 +166,7 @@ class ZipmoeQuantizer(HfQuantizer):
 
         if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
             ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        attention.register()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Name a file that exists: else transformers looks for model.safetensors and fails."""
@@ -177,7 +188,7 @@ class ZipmoeQuantizer(HfQuantizer):
         with open_store(Path(checkpoint_files[0]).parent) as store:
             source = self._bind(model, store)
             dense = self._bind_dense(model, store, dtype)
-            tensors, transient = _dense_tensors(model, store)
+            tensors, transient = dense_tensors(model, store)
             self._paths, self._table = store.expert_table()
             context = self._context(model)
             needs = self._needs(model, source, context, dtype=dtype, loading=transient)
@@ -203,7 +214,7 @@ class ZipmoeQuantizer(HfQuantizer):
             model,
             {
                 target: tensor
-                for tensor, target, pattern in _renamed(model, store)
+                for tensor, target, pattern in renamed(model, store)
                 if pattern is None and target in may and tensor.dtype == "BF16"
             },
         )
@@ -271,6 +282,7 @@ class ZipmoeQuantizer(HfQuantizer):
         runtime = self._runtime
         if runtime.compute == "native":
             packed.multiply_alone(model)
+            model.set_attn_implementation(attention.IMPLEMENTATION)
         runtime.source.cache = _core.ExpertCache(
             self._paths, self._table, capacity_bytes=runtime.report.cache
         )
@@ -301,14 +313,6 @@ class _NotYet:
         pass
 
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-
-
 def expert_layers(store: Any) -> list[ExpertLayer]:
     """Describe the store's experts modules as `zipmoe.experts` wants them."""
     return [
@@ -326,9 +330,9 @@ def expert_layers(store: Any) -> list[ExpertLayer]:
 
 def _expert_dtype(store: Any, layer: int) -> torch.dtype:
     names = set(store.expert_dtypes(layer))
-    if len(names) != 1 or not names <= _DTYPES.keys():
+    if len(names) != 1 or not names <= DTYPES.keys():
         raise MismatchError(f"the experts of {store.layers[layer].module} are of dtypes {names}")
-    return _DTYPES[names.pop()]
+    return DTYPES[names.pop()]
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -362,47 +366,6 @@ def _check_engaged(model: nn.Module, bound: dict[str, ExpertLayer]) -> None:
         module = model.get_submodule(name)
         if hasattr(module, "has_gate") and module.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
             raise MismatchError(f"transformers does not let {name} use zipmoe's experts function")
-
-
-def _renamed(model: Any, store: Any) -> Iterator[tuple[Any, str, str | None]]:
-    """Yield dense tensors that the model uses: tensor, parameter, pattern of what is merged.
-
-    Others, such as the layers for multi-token prediction, would be loaded and never read.
-    """
-    # Not at import, for the reason given in validate_environment.
-    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
-    from transformers.core_model_loading import (  # noqa: PLC0415
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    wanted = model.state_dict()
-    for tensor in store.dense_tensors():
-        target, pattern = rename_source_key(
-            tensor.name, renamings, converters, model.base_model_prefix, wanted
-        )
-        if target not in wanted and tensor.name in wanted:
-            target, pattern = tensor.name, None
-        if target in wanted:
-            yield tensor, target, pattern
-
-
-def _dense_tensors(model: Any, store: Any) -> tuple[list[DenseTensor], int]:
-    """Dense tensors that are loaded as they are, and the bytes of those that loading will copy."""
-    wanted = model.state_dict()
-    used, copied = [], 0
-    places = store.source.places()
-    for tensor, target, pattern in _renamed(model, store):
-        phase = places[tensor.name][1].start % 64
-        size = tensor.decoded_bytes
-        used.append(DenseTensor(tensor.name, tensor.dtype, tensor.shape, size, phase))
-        if pattern is not None or wanted[target].dtype != _DTYPES.get(tensor.dtype):
-            copied += size
-    return used, copied
 
 
 def _all_experts_bytes(table: Any) -> int:

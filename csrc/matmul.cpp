@@ -140,6 +140,16 @@ static bool has_unsafe_padding(const Grid& grid, std::uint64_t tile, const Ready
   return grid.real_width(tile) != grid.width(tile) && ready.coded.table[0] == 0xFF;
 }
 
+// The inner levels of the next block stand in the way of its first level: they must be there at
+// once.
+static void fetch_ahead(const RankExtent& codes, std::uint64_t block, std::uint64_t blocks) {
+  if (block >= blocks) return;
+  constexpr std::size_t kLine = 64;
+  const std::span<const std::uint8_t> variable = codes.variable(block);
+  for (std::size_t at = 0; at < variable.size(); at += kLine)
+    __builtin_prefetch(variable.data() + at);
+}
+
 void Multiplier::fused(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
@@ -152,6 +162,7 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
     Sums sums = part(strip.sums, row - strip.begin, 0);
     for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
       const ReadyBlock ready = prepare(matrix, group, tile);
+      fetch_ahead(*matrix.codes_, group * grid.k_tiles() + tile + 1, grid.blocks());
       const auto height = static_cast<std::uint32_t>(grid.height(group));
       const auto width = static_cast<std::uint32_t>(grid.width(tile));
       const Columns columns = part(x, grid.first_column(tile), 0, x.count);

@@ -76,4 +76,5 @@ NB_MODULE(_core, m) {
   zipmoe::bind_cache(m);
   zipmoe::bind_codec(m);
   zipmoe::bind_engine(m);
+  zipmoe::bind_norm(m);
 }

@@ -4,6 +4,7 @@
 #include "dot.h"
 #include "isa.h"
 #include "kernels.h"
+#include "norm_kernels.h"
 
 namespace zipmoe {
 
@@ -65,6 +66,26 @@ const AttentionKernels& attention_kernels(Isa isa) {
 #endif
     case Isa::portable:
       return kPortableAttention;
+  }
+  throw std::invalid_argument("unknown instruction set");
+}
+
+NormRow norm_row(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512bf16:
+    case Isa::avx512:
+      return kAvx512Norm;
+    case Isa::avx2:
+      return kAvx2Norm;
+#else
+    case Isa::avx512bf16:
+    case Isa::avx512:
+    case Isa::avx2:
+      throw std::invalid_argument("instruction set of another processor");
+#endif
+    case Isa::portable:
+      return kPortableNorm;
   }
   throw std::invalid_argument("unknown instruction set");
 }

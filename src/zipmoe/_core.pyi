@@ -297,3 +297,32 @@ class Attention:
         "bool", added only. sinks: FP32, strides of batch, head and query. Queries without a key
         give 0.
         """
+
+class NormKind:
+    """What becomes of x, a row divided by its root mean square."""
+
+    plain: NormKind
+    """round(x)"""
+    rounded: NormKind
+    """round(weight * round(x))"""
+    wide: NormKind
+    """round(weight * x)"""
+    wide_plus1: NormKind
+    """round((1 + weight) * x)"""
+
+def rms_norm(
+    x: int,
+    rows: int,
+    width: int,
+    weight: int,
+    weight_is_wide: bool,
+    out: int,
+    *,
+    kind: NormKind,
+    eps: float,
+    isa: str = "",
+) -> None:
+    """Normalise BF16 rows that lie one after the other; all but numbers are addresses.
+
+    weight: BF16 or FP32 (wide), 0 for the plain kind. Bits are the same on every instruction set.
+    """

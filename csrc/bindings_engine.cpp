@@ -115,6 +115,15 @@ void bind_engine(nb::module_& m) {
           },
           "matrix"_a, "x"_a, "x_stride"_a, "count"_a, "bias"_a, "out"_a, "out_stride"_a)
       .def(
+          "multiply_wide",
+          [](Engine& self, const HeldMatrix& matrix, Address x, std::int64_t x_stride,
+             std::uint64_t count, Address out, std::int64_t out_stride) {
+            nb::gil_scoped_release release;
+            self.multiply_wide(matrix.matrix, input_of(x, x_stride, count), at<float>(out),
+                               out_stride);
+          },
+          "matrix"_a, "x"_a, "x_stride"_a, "count"_a, "out"_a, "out_stride"_a)
+      .def(
           "gated",
           [](Engine& self, const HeldMatrix& gate, const HeldMatrix& up, const HeldMatrix& down,
              Gate kind, Address x, std::int64_t x_stride, std::uint64_t count, Address out,

@@ -65,18 +65,34 @@ std::uint64_t Engine::read(std::span<const std::uint8_t> bytes) {
   return read_all(bytes, *pool_);
 }
 
-void Engine::product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
-                     std::uint16_t* y, std::ptrdiff_t stride) {
+template <class Keep>
+void Engine::products(const PackedMatrix& matrix, const Columns& x, const Keep& keep) {
   const std::uint64_t grain = piece_rows(matrix.row_unit(), matrix.columns());
   pool_->run(matrix.rows(), grain, [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
     Multiplier& multiplier = *multipliers_[thread];
     const std::uint64_t rows = end - begin;
     float* values = multiplier.values(0, rows * x.count);
     multiplier.rows(matrix, begin, end, x, values, static_cast<std::ptrdiff_t>(rows));
-    for (std::uint32_t c = 0; c < x.count; ++c)
-      dot_.round(values + c * rows, rows, bias == nullptr ? nullptr : bias + begin,
-                 y + c * stride + begin);
+    for (std::uint32_t c = 0; c < x.count; ++c) keep(values + c * rows, begin, rows, c);
   });
+}
+
+void Engine::product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
+                     std::uint16_t* y, std::ptrdiff_t stride) {
+  products(matrix, x,
+           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
+             dot_.round(values, rows, bias == nullptr ? nullptr : bias + begin,
+                        y + c * stride + begin);
+           });
+}
+
+void Engine::multiply_wide(const PackedMatrix& matrix, const Input& x, float* y,
+                           std::ptrdiff_t stride) {
+  const Turn turn(*this);
+  products(matrix, ready_columns(x, matrix.columns(), columns_),
+           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
+             std::copy_n(values, rows, y + c * stride + begin);
+           });
 }
 
 void Engine::multiply(const PackedMatrix& matrix, const Input& x, const std::uint16_t* bias,
@@ -215,16 +231,10 @@ void Engine::run_expert(ExpertCache& cache, std::uint64_t layer, Gate kind, cons
     const Columns h = inner(matrices, kind, gather(x, visits, second.columns()));
     at_work = n - 1;
     auto* total = reinterpret_cast<float*>(total_.data());
-    pool_->run(hidden, piece_rows(down.row_unit(), down.columns()),
-               [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
-                 Multiplier& multiplier = *multipliers_[thread];
-                 const std::uint64_t rows = end - begin;
-                 float* values = multiplier.values(0, rows * h.count);
-                 multiplier.rows(down, begin, end, h, values, static_cast<std::ptrdiff_t>(rows));
-                 for (std::uint32_t c = 0; c < h.count; ++c)
-                   dot_.weigh(values + c * rows, rows, visits[c].weight,
-                              total + visits[c].token * hidden + begin);
-               });
+    products(down, h,
+             [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
+               dot_.weigh(values, rows, visits[c].weight, total + visits[c].token * hidden + begin);
+             });
   } catch (const CorruptError& error) {
     throw cache.located(error, layer, expert, at_work);
   }

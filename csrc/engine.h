@@ -45,6 +45,8 @@ class Engine {
   // y[c * stride + r] = the products, `bias` (BF16, may be null) added, rounded to BF16 once.
   void multiply(const PackedMatrix& matrix, const Input& x, const std::uint16_t* bias,
                 std::uint16_t* y, std::ptrdiff_t stride);
+  // The same without bias, and without rounding to BF16.
+  void multiply_wide(const PackedMatrix& matrix, const Input& x, float* y, std::ptrdiff_t stride);
   // y = down (activation(gate x) * up x), what is between the products rounded to BF16 once.
   void gated(const GatedMatrices& matrices, Gate kind, const Input& x, std::uint16_t* y,
              std::ptrdiff_t stride);
@@ -73,6 +75,9 @@ class Engine {
     float weight;
   };
 
+  // Calls keep(values, begin, rows, column) for the products of each piece of rows.
+  template <class Keep>
+  void products(const PackedMatrix& matrix, const Columns& x, const Keep& keep);
   void product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
                std::uint16_t* y, std::ptrdiff_t stride);
   Columns inner(const GatedMatrices& matrices, Gate kind, const Columns& x);

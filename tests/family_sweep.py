@@ -23,6 +23,7 @@ from families import (
     families,
     write_checkpoint,
 )
+from invariance import dependencies
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import zipmoe
@@ -43,6 +44,8 @@ class Outcome:
     architecture: str
     experts: str
     differences: list[str] = field(default_factory=list)
+    # What native logits of a token depend on besides its own past.
+    depends_on: list[str] = field(default_factory=list)
 
 
 def stock_model(family: Family, checkpoint: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -66,6 +69,8 @@ def sweep(family: Family, folder: Path, *, tied: bool | None = None, seed: int =
     outcome = Outcome(family.name, FULL, type(stock).__name__, describe(stock))
     zipmoe.pack_checkpoint(checkpoint, store)
     outcome.differences = compare(expected, store)
+    with zipmoe.load(store, memory="64GB") as loaded:
+        outcome.depends_on = dependencies(loaded.model)
     shutil.rmtree(checkpoint)
     shutil.rmtree(store)
     return outcome
@@ -147,6 +152,30 @@ def rebind(host: torch.nn.Module) -> doubles.FakeCache:
     return cache
 
 
+def row(outcome: Outcome) -> str:
+    """A family's line of docs/families.md, its name left out."""
+    company = ", ".join(outcome.depends_on) and f"not {', '.join(outcome.depends_on)}"
+    company = (company or "yes") if outcome.status == FULL else ""
+    return f"| {outcome.status} | `{outcome.architecture}` | {outcome.experts} | {company} |"
+
+
+def outside(outcomes: list[Outcome]) -> str:
+    """src/zipmoe/_outside.py as it should be."""
+    lines = []
+    for outcome in outcomes:
+        names = ", ".join(f'"{name}"' for name in outcome.depends_on)
+        if names:
+            comma = "," if len(outcome.depends_on) == 1 else ""
+            lines.append(f'    "{outcome.family}": ({names}{comma}),')
+    head = [
+        '"""Families whose native bits depend on more than a token\'s own past."""',
+        "",
+        "# Written by tools/generate_families.py from the sweep in tests/; do not edit.",
+        "OUTSIDE = {",
+    ]
+    return "\n".join([*head, *lines, "}", ""])
+
+
 def table(outcomes: list[Outcome]) -> str:
     """docs/families.md as it should be."""
     counts = {s: sum(o.status == s for o in outcomes) for s in (FULL, FORWARD_ONLY)}
@@ -170,17 +199,23 @@ def table(outcomes: list[Outcome]) -> str:
             "- **forward only**: transformers builds no text generator of this family; one forward"
             " pass of its experts module is bit for bit that of `grouped_mm`."
         ),
+        (
+            "- **same bits in any company**: with native compute, logits of a prompt are the same"
+            " bits alone, in batches of 2, 3, 5, 8 and 17, cut into pieces with a reused cache, and"
+            " left-padded beside longer prompts; or what of these changes them"
+            " ([kernels.md](kernels.md))."
+        ),
         "- **refused**: `zipmoe pack` says so by name.",
         "",
         "Families that also see or hear are tested, and generate, with text only.",
         "",
         f"{counts[FULL]} full, {counts[FORWARD_ONLY]} forward only, {len(REFUSED)} refused.",
         "",
-        "| family | status | class | experts |",
-        "|---|---|---|---|",
+        "| family | status | class | experts | same bits in any company |",
+        "|---|---|---|---|---|",
     ]
-    rows = {o.family: f"| {o.status} | `{o.architecture}` | {o.experts} |" for o in outcomes}
-    rows |= {name: f"| {REFUSES} | | {reason} |" for name, reason in REFUSED.items()}
+    rows = {o.family: row(o) for o in outcomes}
+    rows |= {name: f"| {REFUSES} | | {reason} | |" for name, reason in REFUSED.items()}
     lines += [f"| {name} {row}" for name, row in sorted(rows.items())]
     return "\n".join(lines) + "\n"
 

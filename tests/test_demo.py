@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaModel
 
+import zipmoe
 from zipmoe import _smollm, demo
 from zipmoe._errors import CheckpointError, SpaceError
+from zipmoe.generate import generate
 
 # The published SHA-256 of the demo model's weight files (README).
 SHA256 = "47ee0f9fab22c221f5640ed36604e0e142e34c637237f3a5e7acc26948306106"
@@ -199,15 +201,17 @@ def test_the_whole_demo_answers_with_paris_and_with_stock_s_tokens(tmp_path, soa
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stock = AutoModelForCausalLM.from_pretrained(folder)
     equal = 0
-    for answer in found["answers"]:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": answer["question"]}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        tokens = stock.generate(**inputs, max_new_tokens=64, do_sample=False)[0].tolist()
-        equal += tokens[answer["prompt_tokens"] :] == answer["token_ids"]
+    with zipmoe.load(tmp_path / "store", memory="1.5GB", compute="torch") as loaded:
+        for answer in found["answers"]:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": answer["question"]}],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            tokens = stock.generate(**inputs, max_new_tokens=64, do_sample=False)[0].tolist()
+            ours = generate(loaded, answer["question"], max_tokens=64).token_ids
+            equal += tokens[answer["prompt_tokens"] :] == ours
     soak_record(
         "make demo",
         sha256=found["checkpoint"]["sha256"],

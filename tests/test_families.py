@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from families import REFUSED, answers, families, write_checkpoint
-from family_sweep import FULL, compare, forward_only, stock_model, sweep, sweep_all, table
+from family_sweep import (
+    FULL,
+    compare,
+    forward_only,
+    outside,
+    row,
+    stock_model,
+    sweep,
+    sweep_all,
+    table,
+)
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import zipmoe
+from zipmoe._outside import OUTSIDE
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, SET = ROOT / "docs" / "families.md", ROOT / "src" / "zipmoe" / "_outside.py"
 ALL = {family.name: family for family in families()}
 # Interleaved, shared expert, plain, latent attention, ungated, look-alike, GELU; two by lot.
 KINDS = ["gpt_oss", "qwen2_moe", "mixtral", "deepseek_v3", "nemotron_h", "longcat_flash", "gemma4"]
@@ -25,8 +37,8 @@ LOT = random.Random(20261122).sample(sorted(ALL.keys() - set(KINDS)), 2)
 def test_a_family_answers_bit_for_bit_as_stock_transformers(name, tmp_path):
     outcome = sweep(ALL[name], tmp_path)
     assert outcome.differences == []
-    row = f"| {name} | {outcome.status} | `{outcome.architecture}` | {outcome.experts} |"
-    assert row in PAGE.read_text().splitlines()
+    assert f"| {name} {row(outcome)}" in PAGE.read_text().splitlines()
+    assert list(OUTSIDE.get(name, ())) == outcome.depends_on
 
 
 def test_the_page_accounts_for_every_family_that_transformers_decorates():
@@ -120,4 +132,6 @@ def test_all_families_in_full(tied, tmp_path, soak_record):
     full = sum(outcome.status == FULL for outcome in exact)
     soak_record("families bit for bit as stock", tied=str(tied), families=len(exact), full=full)
     assert full >= 55
-    assert table(outcomes) == PAGE.read_text()
+    if tied is None:
+        assert table(outcomes) == PAGE.read_text()
+        assert outside(outcomes) == SET.read_text()

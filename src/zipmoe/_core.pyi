@@ -196,6 +196,17 @@ class Engine:
     ) -> None:
         """Multiply [count, columns] with it, to [count, rows]; `bias` is 0 or an address."""
 
+    def multiply_wide(
+        self,
+        matrix: PackedMatrix,
+        x: int,
+        x_stride: int,
+        count: int,
+        out: int,
+        out_stride: int,
+    ) -> None:
+        """Multiply [count, columns] with it, to [count, rows] in FP32."""
+
     def gated(
         self,
         gate: PackedMatrix,

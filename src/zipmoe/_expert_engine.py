@@ -17,7 +17,7 @@ from zipmoe import _core
 if TYPE_CHECKING:
     from zipmoe._expert_source import ExpertMatrix
 
-__all__ = ["is_native", "is_one_call", "one_call", "product", "up"]
+__all__ = ["GATES", "is_native", "is_one_call", "one_call", "product", "up"]
 
 
 def is_native(standin: ExpertMatrix, x: Tensor) -> bool:
@@ -30,7 +30,7 @@ def is_native(standin: ExpertMatrix, x: Tensor) -> bool:
 
 
 # What the engine knows, by the class of the activation.
-_GATES = {
+GATES = {
     "SiLUActivation": _core.Gate.silu,
     "SiLU": _core.Gate.silu,
     "GELUActivation": _core.Gate.gelu,
@@ -46,7 +46,7 @@ def _gate_of(module: Any) -> _core.Gate | None:
     stock = getattr(type(module), "_apply_gate", None) is _default_apply_gate()
     if (own and not stock) or module.has_bias or module.has_post_expert_norm:
         return None
-    return _GATES.get(type(module.act_fn).__name__)
+    return GATES.get(type(module.act_fn).__name__)
 
 
 @functools.cache

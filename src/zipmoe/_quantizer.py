@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from zipmoe import _core, attention, budget, footprint, packed
+from zipmoe import _core, attention, budget, footprint, kv, packed
 from zipmoe._errors import MismatchError, ZipmoeError
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
 from zipmoe.dense import PADDING, DenseFile
@@ -33,6 +33,8 @@ from zipmoe.experts import (
     needs_whole,
     runs_in_one_call,
 )
+from zipmoe.gated import replace_gated
+from zipmoe.norm import replace_norms
 from zipmoe.packed import PackedDense
 from zipmoe.store import open_store
 
@@ -283,6 +285,9 @@ class ZipmoeQuantizer(HfQuantizer):
         if runtime.compute == "native":
             packed.multiply_alone(model)
             model.set_attn_implementation(attention.IMPLEMENTATION)
+            replace_norms(model)
+            replace_gated(model)
+            kv.attach(model)
         runtime.source.cache = _core.ExpertCache(
             self._paths, self._table, capacity_bytes=runtime.report.cache
         )

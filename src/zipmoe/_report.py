@@ -64,6 +64,9 @@ def summary(found: StoreSummary) -> str:
         lines += [f"  {why}: {count} tensors" for why, count in _reasons(found.raw)]
         names = [f"    {name}" for name, why in found.raw if why != "a vector"]
         lines += names[:SHOWN] + [f"    and {len(names) - SHOWN} more"] * (len(names) > SHOWN)
+    if found.depends_on:
+        on = ", ".join(found.depends_on)
+        lines += ["", f"native compute: a token's bits also depend on {on} (docs/kernels.md)"]
     if found.left_out:
         lines += ["", f"left out of the checkpoint: {', '.join(found.left_out)}"]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zipmoe._index import CODECS, NOBODY, PAGE, ROLES, ceil_to
 from zipmoe._manifest import FORMAT_VERSION
+from zipmoe._outside import OUTSIDE
 from zipmoe.store import DTYPE_NAMES, Store, decoded_bytes, open_store
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class StoreSummary:
     kinds: list[KindSummary]
     raw: list[tuple[str, str]]  # (tensor or expert matrix, why it is stored raw)
     left_out: list[str]  # of the checkpoint, not kept
+    # What native bits of a token depend on besides its own past: "batch", "cuts", "padding".
+    depends_on: list[str]
 
 
 def inspect_store(store: str | os.PathLike[str]) -> StoreSummary:
@@ -81,7 +84,12 @@ def summarise(store: Store) -> StoreSummary:
         kinds=kinds,
         raw=[(_name(shard, entry), _why_raw(store, entry)) for shard, entry in rows if _raw(entry)],
         left_out=list(store.source.left_out),
+        depends_on=list(OUTSIDE.get(_family(manifest.model["model_type"]), ())),
     )
+
+
+def _family(model_type: str) -> str:
+    return model_type.replace("-", "_").removesuffix("_text")
 
 
 def _kind(kind: str, entries: list[Any]) -> KindSummary:

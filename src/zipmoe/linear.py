@@ -43,7 +43,7 @@ class PackedWeight:
         self.engine: Any = None
         self.matrix: Any = None
         self.decoded = 0  # how often it had to be decoded whole
-        self._is_hf_initialized = True
+        self._is_hf_initialized = True  # or _init_weights would try to fill it
 
     @classmethod
     def __torch_function__(
@@ -75,6 +75,17 @@ class PackedWeight:
         address = 0 if bias is None else bias.data_ptr()
         self.engine.multiply(
             self.matrix, x.data_ptr(), columns, count, address, out.data_ptr(), rows
+        )
+        return out
+
+    def linear_wide(self, x: Tensor) -> Tensor:
+        """Multiply BF16 x [..., columns] with it: [..., rows] in FP32, not rounded."""
+        self._check_open()
+        rows, columns = self.shape
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
+        self.engine.multiply_wide(
+            self.matrix, x.data_ptr(), columns, math.prod(x.shape[:-1]), out.data_ptr(), rows
         )
         return out
 
@@ -125,6 +136,8 @@ class PackedWeight:
         return self
 
     def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, int) and self.matrix is not None:
+            return self.embedding(torch.tensor(index % self.shape[0]))
         return self.to_dense()[index]
 
     def __getattr__(self, name: str) -> Any:
@@ -153,8 +166,59 @@ class _Deferred:
         self._weight, self._name = weight, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        wide = (self._name == "float" and not args) or args == (torch.float32,)
+        if wide and not kwargs and self._name in _COPYING:
+            return WideWeight(self._weight)
         result = getattr(self._weight.to_dense(), self._name)(*args, **kwargs)
         return result.as_subclass(AloneWeight) if self._name in _COPYING else result
+
+
+class WideWeight:
+    """A packed weight in FP32, as some routers multiply theirs: with states that were BF16.
+
+    Products with such states are FP32 sums of the engine; others, and all else, are done with the
+    decoded weight.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, weight: PackedWeight) -> None:
+        self._weight = weight
+        self.shape, self.device = weight.shape, weight.device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch that was given one."""
+        del types
+        kwargs = kwargs or {}
+        if func is _LINEAR and isinstance(args[1], cls) and len(args) == 2 and not kwargs:
+            return args[1].linear(args[0])
+        plain = [arg.to_dense() if isinstance(arg, cls) else arg for arg in args]
+        return func(*plain, **kwargs)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Multiply x [..., columns] with it: [..., rows] in FP32, each row of x by itself."""
+        if x.device.type == "meta":
+            return x.new_empty(*x.shape[:-1], self.shape[0])
+        narrow = x.bfloat16()
+        if x.dtype is not torch.float32 or not torch.equal(narrow.float(), x):
+            return _row_by_row(x, self.to_dense(), None)
+        return self._weight.linear_wide(narrow)
+
+    def to_dense(self) -> Tensor:
+        """Decode it whole."""
+        return self._weight.to_dense().float()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.to_dense()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        """Do with the decoded weight what is a tensor's to do."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        return getattr(self.to_dense(), name)
 
 
 class AloneWeight(Tensor):

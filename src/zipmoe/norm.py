@@ -8,6 +8,7 @@ that is none of them (gated, grouped, centred) stays as it is.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,7 +124,8 @@ def _recognise(module: nn.Module) -> tuple[Any, float] | None:
     parameters = dict(module.named_parameters())
     weight = parameters.pop("weight", None)
     simple = not parameters and not list(module.buffers()) and not list(module.children())
-    if not simple or not isinstance(eps, float) or module._forward_hooks:
+    plain = len(inspect.signature(module.forward).parameters) == 1  # no gate, not even at choice
+    if not (simple and plain and isinstance(eps, float)) or module._forward_hooks:
         return None
     if weight is not None and (weight.dim() != 1 or weight.dtype not in _WEIGHTS or weight.is_meta):
         return None

@@ -96,8 +96,6 @@ def bind(model: nn.Module, targets: Mapping[str, DenseTensor]) -> PackedDense:
         for place in _places(model, module, name):
             delattr(place, name)  # nn.Module refuses a plain object over a parameter
             setattr(place, name, weight)
-            # Else _init_weights would fill it.
-            place._is_hf_initialized = True  # type: ignore[assignment]
     _untie(model, {*targets})
     return dense
 

@@ -1,0 +1,103 @@
+"""A KV cache that grows in place.
+
+transformers' `DynamicCache` makes a new, larger copy of every layer's keys and values for every
+token: with a long context that takes longer than attending to them. `attach` lets a model's caches
+keep some room behind their last token instead, and hand out views. Bits stay what they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["GrowingLayer", "attach", "grow_in_place"]
+
+_STEP = 256  # tokens of room to begin with, and at each growth
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` with room behind its keys and values [batch, heads, tokens, width]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._rooms: list[torch.Tensor] = []
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> GrowingLayer:
+        """Take over what a layer holds."""
+        grown = cls()
+        if layer.is_initialized:
+            grown.dtype, grown.device, grown.is_initialized = layer.dtype, layer.device, True
+            grown.keys, grown.values = layer.keys, layer.values
+        return grown
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, and give all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = (self.keys, self.values)
+        if not self._holds(held, key_states.shape[-2]):
+            self._rooms = [
+                self._room(old, new)
+                for old, new in zip(held, (key_states, value_states), strict=True)
+            ]
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, length:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        return self.keys, self.values
+
+    def _holds(self, held: tuple[torch.Tensor, torch.Tensor], more: int) -> bool:
+        """Tell whether what is held lies in the rooms, which have space for some more tokens.
+
+        It does not after something else than `update` has made new keys and values.
+        """
+        return len(self._rooms) == len(held) and all(
+            room.data_ptr() == tensor.data_ptr()
+            and room.shape[:2] == tensor.shape[:2]
+            and tensor.stride() == room.stride()
+            and tensor.shape[-2] + more <= room.shape[-2]
+            for room, tensor in zip(self._rooms, held, strict=True)
+        )
+
+    @staticmethod
+    def _room(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = old.shape[-2] if old.numel() else 0
+        tokens = -(-(length + new.shape[-2] + 1) // _STEP) * _STEP
+        room = new.new_empty(*new.shape[:-2], tokens, new.shape[-1])
+        if length:
+            room[:, :, :length] = old
+        return room
+
+    def reset(self) -> None:
+        """Forget everything, the room too."""
+        self._rooms = []
+        super().reset()
+
+
+def grow_in_place(cache: Any) -> None:
+    """Let the plain layers of a cache grow in place; layers of other kinds stay."""
+    if type(cache) is DynamicCache:
+        layers = cache.layers
+        for number, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[number] = GrowingLayer.of(layer)
+
+
+def attach(model: torch.nn.Module) -> None:
+    """Let every cache that is given to this model grow in place, `generate`'s own included."""
+    model.register_forward_pre_hook(_see, with_kwargs=True)
+
+
+def _see(_: torch.nn.Module, __: Any, given: dict[str, Any]) -> None:
+    grow_in_place(given.get("past_key_values"))

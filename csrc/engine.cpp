@@ -14,7 +14,7 @@ namespace {
 
 // Weights in one piece of work: long enough that handing it out costs nothing, short enough that no
 // thread waits long for another's last one.
-constexpr std::uint64_t kPieceWeights = std::uint64_t{1} << 17;
+constexpr std::uint64_t kPieceWeights = std::uint64_t{1} << 18;
 // Rows of a piece are many when they are few columns' only work, and at least so many.
 constexpr std::uint64_t kLeastRows = 32;
 

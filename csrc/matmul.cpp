@@ -150,6 +150,20 @@ static void fetch_ahead(const RankExtent& codes, std::uint64_t block, std::uint6
     __builtin_prefetch(variable.data() + at);
 }
 
+// Memory would idle while the inner levels of a block are decoded: it brings the beginning of the
+// first level meanwhile.
+void Multiplier::fetch_start(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile) {
+  if (matrix.spec_.codec != Codec::rank223) return;
+  constexpr std::size_t kLine = 64, kCodeLines = 8, kSignLines = 16;
+  const std::uint64_t first = matrix.grid_->first_weight(group, tile);
+  const std::uint8_t* codes = matrix.codes_->codes(first);
+  const std::uint8_t* signs = matrix.extents_.sign_mantissa.data() + first;
+  for (std::size_t line = 0; line < kCodeLines; ++line)
+    __builtin_prefetch(codes + line * kLine, 0, 2);
+  for (std::size_t line = 0; line < kSignLines; ++line)
+    __builtin_prefetch(signs + line * kLine, 0, 2);
+}
+
 void Multiplier::fused(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
@@ -161,6 +175,7 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
     const std::uint64_t group = row / grid.row_group();
     Sums sums = part(strip.sums, row - strip.begin, 0);
     for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
+      fetch_start(matrix, group, tile);
       const ReadyBlock ready = prepare(matrix, group, tile);
       fetch_ahead(*matrix.codes_, group * grid.k_tiles() + tile + 1, grid.blocks());
       const auto height = static_cast<std::uint32_t>(grid.height(group));

@@ -6,10 +6,10 @@ STAMPS := $(VENV)/.stamps
 RUN := $(VENV)/bin/python
 CORE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h .deps/complete)
 
-.PHONY: help setup build demo test check format bench soak docs clean
+.PHONY: help setup build demo test check format bench bench-models soak docs clean
 
 help: ## say what there is
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 14
 
 demo: $(STAMPS)/build ## build a small MoE model, pack it, and chat with it in less memory than it has bytes
 	$(RUN) -m zipmoe demo
@@ -33,6 +33,12 @@ format: $(STAMPS)/build ## format all code
 bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/results
 	$(RUN) benchmarks/codec.py --out benchmarks/results/codec.json
 	$(RUN) benchmarks/pack.py --out benchmarks/results/pack.json
+	$(RUN) benchmarks/kernels.py --busy --out benchmarks/results/kernels.json
+
+bench-models: $(STAMPS)/build $(STAMPS)/bench ## measure whole models, also against llama.cpp (34 GB of disk, 20 GB of memory)
+	tools/setup.sh llama
+	$(RUN) benchmarks/layer.py --out benchmarks/results/layer.json
+	$(RUN) benchmarks/decode.py --out benchmarks/results/decode.json
 
 soak: $(STAMPS)/build ## run the full volumes of the acceptance points (15 minutes); report in benchmarks/results
 	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report benchmarks/results/soak.json
@@ -59,7 +65,7 @@ $(STAMPS)/build: $(STAMPS)/packages $(CORE)
 		--no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(STAMPS)/bench: $(STAMPS)/packages
+$(STAMPS)/bench: $(STAMPS)/packages tools/setup.sh pyproject.toml
 	tools/setup.sh bench
 	@touch $@
 

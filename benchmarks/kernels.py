@@ -233,7 +233,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--columns", default="1,4,8,16,64,512")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--isas", default=",".join(_core.available_isas()[:1]))
+    isas = _core.available_isas()
+    parser.add_argument(
+        "--isas", default=",".join(isas[:1] + [isa for isa in isas[1:] if isa == "avx2"])
+    )
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--megabytes", type=int, default=600)

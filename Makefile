@@ -41,7 +41,7 @@ bench-models: $(STAMPS)/build $(STAMPS)/bench ## measure whole models, also agai
 	$(RUN) benchmarks/decode.py --out benchmarks/results/decode.json
 
 soak: $(STAMPS)/build ## run the full volumes of the acceptance points (15 minutes); report in benchmarks/results
-	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report benchmarks/results/soak.json
+	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report=benchmarks/results/soak.json
 
 docs: $(STAMPS)/build ## write the generated documents again (families.md runs its sweep: minutes)
 	$(RUN) tools/generate_docs.py

@@ -281,9 +281,10 @@ void Attention::Tile::add_block(u32 first, u32 count, u32 begin, u32 end) {
 }
 
 Attention::Attention(unsigned threads, Isa isa)
-    : own_pool_(threads == 0 ? nullptr : std::make_shared<WorkerPool>(threads)),
-      isa_(isa),
-      kernels_(attention_kernels(isa)) {}
+    : Attention(threads == 0 ? nullptr : std::make_shared<WorkerPool>(threads), isa) {}
+
+Attention::Attention(std::shared_ptr<WorkerPool> pool, Isa isa)
+    : own_pool_(std::move(pool)), isa_(isa), kernels_(attention_kernels(isa)) {}
 
 Attention::~Attention() = default;
 

@@ -68,6 +68,7 @@ class Attention {
  public:
   // threads = 0: the pool that the process shares.
   Attention(unsigned threads, Isa isa);
+  Attention(std::shared_ptr<WorkerPool> pool, Isa isa);
   ~Attention();
 
   // out[b, h, t] = the weighted values of query t; 0 where no key is allowed. A row with a NaN or

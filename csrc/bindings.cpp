@@ -77,4 +77,5 @@ NB_MODULE(_core, m) {
   zipmoe::bind_codec(m);
   zipmoe::bind_engine(m);
   zipmoe::bind_norm(m);
+  zipmoe::bind_blocks(m);
 }

@@ -5,6 +5,7 @@
 namespace zipmoe {
 
 void bind_attention(nanobind::module_& m);
+void bind_blocks(nanobind::module_& m);
 void bind_cache(nanobind::module_& m);
 void bind_codec(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);

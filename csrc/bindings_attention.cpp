@@ -14,42 +14,13 @@
 
 #include "attention.h"
 #include "bindings.h"
+#include "bindings_tensors.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
 namespace zipmoe {
 namespace {
-
-using Address = std::uintptr_t;
-using Strides = std::array<std::int64_t, 3>;
-using Tensor = std::tuple<Address, Strides>;
-// Address, strides of batch, head, query and key, name of the type.
-using Mask = std::tuple<Address, std::array<std::int64_t, 4>, std::string>;
-
-template <class Word>
-HeadTensor<Word> tensor_of(const Tensor& tensor) {
-  const auto& [address, strides] = tensor;
-  return {reinterpret_cast<Word*>(address), strides[0], strides[1], strides[2]};
-}
-
-MaskType mask_type(const std::string& name) {
-  if (name == "bool") return MaskType::boolean;
-  if (name == "bfloat16") return MaskType::bfloat16;
-  if (name == "float32") return MaskType::float32;
-  throw std::invalid_argument("a mask of type " + name);
-}
-
-AttentionMask mask_of(const std::optional<Mask>& mask) {
-  if (!mask) return {};
-  const auto& [address, strides, type] = *mask;
-  return {reinterpret_cast<const void*>(address),
-          strides[0],
-          strides[1],
-          strides[2],
-          strides[3],
-          mask_type(type)};
-}
 
 AttentionSinks sinks_of(const std::optional<Tensor>& sinks) {
   if (!sinks) return {};

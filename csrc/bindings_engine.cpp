@@ -11,6 +11,7 @@
 
 #include "bindings.h"
 #include "bindings_cache.h"
+#include "bindings_matrix.h"
 #include "engine.h"
 
 namespace nb = nanobind;
@@ -18,24 +19,6 @@ using nb::literals::operator""_a;
 
 namespace zipmoe {
 namespace {
-
-using Extent = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Address = std::uintptr_t;
-
-// A matrix with the arrays that it lies in.
-struct HeldMatrix {
-  std::pair<Extent, Extent> arrays;
-  PackedMatrix matrix;
-};
-
-std::span<const std::uint8_t> bytes_of(const Extent& extent) {
-  return {extent.data(), extent.size()};
-}
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Input input_of(Address data, std::int64_t stride, std::uint64_t count) {
   return {at<const std::uint16_t>(data), stride, count};

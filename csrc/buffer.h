@@ -51,4 +51,11 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
+// Room for n values, the content undefined.
+template <class T>
+T* grown(Buffer& buffer, std::size_t n) {
+  if (buffer.size() < n * sizeof(T)) buffer.resize(n * sizeof(T));
+  return reinterpret_cast<T*>(buffer.data());
+}
+
 }  // namespace zipmoe

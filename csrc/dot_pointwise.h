@@ -65,6 +65,19 @@ void round_values(const float* values, std::size_t n, const std::uint16_t* bias,
     for (std::size_t i = 0; i < n; ++i) out[i] = to_bf16(values[i] + from_bf16(bias[i]));
 }
 
+inline float round_to_bf16(float value) { return from_bf16(to_bf16(value)); }
+
+void rotate_values(std::uint16_t* words, const std::uint16_t* cos, const std::uint16_t* sin,
+                   std::size_t half) {
+  for (std::size_t i = 0; i < half; ++i) {
+    const float first = from_bf16(words[i]), second = from_bf16(words[i + half]);
+    words[i] = to_bf16(round_to_bf16(first * from_bf16(cos[i])) +
+                       round_to_bf16(-second * from_bf16(sin[i])));
+    words[i + half] = to_bf16(round_to_bf16(second * from_bf16(cos[i + half])) +
+                              round_to_bf16(first * from_bf16(sin[i + half])));
+  }
+}
+
 void weigh_values(const float* values, std::size_t n, float weight, float* total) {
   for (std::size_t i = 0; i < n; ++i) total[i] += weight * values[i];
 }

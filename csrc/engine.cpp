@@ -1,59 +1,21 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 
+#include "engine_work.h"
 #include "stream.h"
 
 namespace zipmoe {
-namespace {
-
-// Weights in one piece of work: long enough that handing it out costs nothing, short enough that no
-// thread waits long for another's last one.
-constexpr std::uint64_t kPieceWeights = std::uint64_t{1} << 18;
-// Rows of a piece are many when they are few columns' only work, and at least so many.
-constexpr std::uint64_t kLeastRows = 32;
-
-std::uint64_t piece_rows(std::uint64_t unit, std::uint64_t columns) {
-  const std::uint64_t wanted =
-      std::max(kLeastRows, kPieceWeights / std::max<std::uint64_t>(columns, 1));
-  return ceil_to(wanted, unit);
-}
-
-template <class T>
-T* grown(Buffer& buffer, std::size_t n) {
-  if (buffer.size() < n * sizeof(T)) buffer.resize(n * sizeof(T));
-  return reinterpret_cast<T*>(buffer.data());
-}
-
-}  // namespace
-
-// A call: alone in the engine, and counted.
-class Engine::Turn {
- public:
-  explicit Turn(Engine& engine) : engine_(engine), lock_(engine.mutex_) {}
-  ~Turn() {
-    const auto spent = std::chrono::steady_clock::now() - begin_;
-    engine_.busy_ns_ += static_cast<std::uint64_t>(std::chrono::nanoseconds(spent).count());
-    ++engine_.calls_;
-  }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  Engine& engine_;
-  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
-  std::lock_guard<std::mutex> lock_;
-};
-
 Engine::Engine(unsigned threads, Isa isa)
     : pool_(threads == 0 ? shared_pool() : std::make_shared<WorkerPool>(threads)),
       isa_(isa),
-      dot_(dot_kernels(isa)) {
+      dot_(dot_kernels(isa)),
+      attention_(pool_, isa),
+      routers_(pool_->num_threads()) {
   for (unsigned thread = 0; thread < pool_->num_threads(); ++thread)
     multipliers_.push_back(std::make_unique<Multiplier>(isa));
 }
@@ -63,18 +25,6 @@ EngineCounters Engine::counters() const { return {calls_, busy_ns_}; }
 std::uint64_t Engine::read(std::span<const std::uint8_t> bytes) {
   const Turn turn(*this);
   return read_all(bytes, *pool_);
-}
-
-template <class Keep>
-void Engine::products(const PackedMatrix& matrix, const Columns& x, const Keep& keep) {
-  const std::uint64_t grain = piece_rows(matrix.row_unit(), matrix.columns());
-  pool_->run(matrix.rows(), grain, [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
-    Multiplier& multiplier = *multipliers_[thread];
-    const std::uint64_t rows = end - begin;
-    float* values = multiplier.values(0, rows * x.count);
-    multiplier.rows(matrix, begin, end, x, values, static_cast<std::ptrdiff_t>(rows));
-    for (std::uint32_t c = 0; c < x.count; ++c) keep(values + c * rows, begin, rows, c);
-  });
 }
 
 void Engine::product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
@@ -170,33 +120,45 @@ void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
     if (distinct_.empty() || distinct_.back() != visit.expert) distinct_.push_back(visit.expert);
 }
 
+void Engine::begin_total(std::uint64_t hidden, std::uint64_t tokens) {
+  std::memset(grown<float>(total_, hidden * tokens), 0, hidden * tokens * sizeof(float));
+}
+
+void Engine::round_total(std::uint64_t hidden, std::uint64_t tokens, std::uint16_t* y,
+                         std::ptrdiff_t stride) {
+  const auto* total = reinterpret_cast<const float*>(total_.data());
+  pool_->run(tokens, 8, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t t = begin; t < end; ++t)
+      dot_.round(total + t * hidden, hidden, nullptr, y + static_cast<std::ptrdiff_t>(t) * stride);
+  });
+}
+
 void Engine::experts(ExpertCache& cache, std::uint64_t layer, const Routing& routing, Gate kind,
                      const Input& x, std::uint16_t* y, std::ptrdiff_t stride) {
   const Turn turn(*this);
   list_visits(routing, x.count);
   cache.prefetch(layer, distinct_);
-  std::uint64_t hidden = 0;
-  if (!visits_.empty()) {
-    const std::uint64_t expert = visits_.front().expert;
-    hidden = cache.spec(layer, expert, cache.num_matrices(layer, expert) - 1).rows;
-    std::memset(grown<float>(total_, hidden * x.count), 0, hidden * x.count * sizeof(float));
+  if (visits_.empty()) {
+    for (std::uint64_t t = 0; t < x.count; ++t)
+      std::fill_n(y + static_cast<std::ptrdiff_t>(t) * stride, stride, std::uint16_t{0});
+    return;
   }
+  const std::uint64_t expert = distinct_.front();
+  const std::uint64_t hidden =
+      cache.spec(layer, expert, cache.num_matrices(layer, expert) - 1).rows;
+  begin_total(hidden, x.count);
+  run_experts(cache, layer, kind, x, hidden);
+  round_total(hidden, x.count, y, stride);
+}
+
+void Engine::run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
+                         std::uint64_t hidden) {
   for (auto first = visits_.begin(); first != visits_.end();) {
     const auto last = std::find_if(
         first, visits_.end(), [&](const Visit& visit) { return visit.expert != first->expert; });
     run_expert(cache, layer, kind, x, {first, last}, hidden);
     first = last;
   }
-  const auto* total = reinterpret_cast<const float*>(total_.data());
-  pool_->run(x.count, 8, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
-    for (std::uint64_t t = begin; t < end; ++t) {
-      std::uint16_t* out = y + static_cast<std::ptrdiff_t>(t) * stride;
-      if (hidden == 0)  // no expert at all
-        std::fill_n(out, stride, std::uint16_t{0});
-      else
-        dot_.round(total + t * hidden, hidden, nullptr, out);
-    }
-  });
 }
 
 Columns Engine::gather(const Input& x, std::span<const Visit> visits, std::uint64_t weights) {

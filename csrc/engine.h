@@ -3,6 +3,7 @@
 // Which thread computes what changes no bit: every output row belongs to one piece of work, and
 // experts are summed in ascending order of their numbers, whatever the order in which they came.
 #pragma once
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -11,17 +12,11 @@
 #include <vector>
 
 #include "cache.h"
+#include "layer_blocks.h"
 #include "matmul.h"
 #include "pool.h"
 
 namespace zipmoe {
-
-// The three products of a gated block, or the two of one without a gate (`gate` null then).
-struct GatedMatrices {
-  const PackedMatrix* gate;
-  const PackedMatrix* up;
-  const PackedMatrix* down;
-};
 
 // Which experts `count` tokens go to: `k` each, with their weights. Numbers from num_experts on
 // count nothing.
@@ -56,6 +51,13 @@ class Engine {
   // y[t] = the sum over a token's experts of weight * gated(x[t]), rounded once.
   void experts(ExpertCache& cache, std::uint64_t layer, const Routing& routing, Gate kind,
                const Input& x, std::uint16_t* y, std::ptrdiff_t stride);
+  // The whole block: router, shared expert, routed experts. The shared expert is the first in the
+  // sum, the others follow as in `experts`. `y` may not be `x`.
+  void moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
+           std::uint16_t* y, std::ptrdiff_t stride);
+  // Self-attention of new tokens, from their states to what the layer adds to them:
+  // y[batch, queries, output rows].
+  void attend(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
   // One product of one expert, rounded to BF16.
   void multiply_expert(ExpertCache& cache, std::uint64_t layer, std::uint64_t expert,
                        std::uint64_t matrix, const Input& x, std::uint16_t* y,
@@ -75,7 +77,9 @@ class Engine {
     float weight;
   };
 
-  // Calls keep(values, begin, rows, column) for the products of each piece of rows.
+  template <std::size_t kMatrices, class Keep>
+  void products(const std::array<const PackedMatrix*, kMatrices>& matrices, const Columns& x,
+                const Keep& keep);
   template <class Keep>
   void products(const PackedMatrix& matrix, const Columns& x, const Keep& keep);
   void product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
@@ -83,8 +87,17 @@ class Engine {
   Columns inner(const GatedMatrices& matrices, Gate kind, const Columns& x);
   void list_visits(const Routing& routing, std::uint64_t tokens);
   Columns gather(const Input& x, std::span<const Visit> visits, std::uint64_t weights);
+  void begin_total(std::uint64_t hidden, std::uint64_t tokens);
+  void run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
+                   std::uint64_t hidden);
   void run_expert(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
                   std::span<const Visit> visits, std::uint64_t hidden);
+  void round_total(std::uint64_t hidden, std::uint64_t tokens, std::uint16_t* y,
+                   std::ptrdiff_t stride);
+  Routing route(const MoeBlock& block, const Columns& x);
+  void run_shared(const MoeBlock& block, const Columns& x);
+  void project(const AttentionBlock& block, const Columns& x);
+  void place_heads(const AttentionBlock& block, const AttentionCall& call);
   PackedMatrix packed(ExpertCache& cache, const Lease& lease, std::uint64_t layer,
                       std::uint64_t expert, std::uint64_t matrix);
 
@@ -93,9 +106,15 @@ class Engine {
   const DotKernels& dot_;
   std::vector<std::unique_ptr<Multiplier>> multipliers_;  // by thread
   std::mutex mutex_;
+  Attention attention_;
   std::vector<Visit> visits_;
   std::vector<std::uint64_t> distinct_;
-  Buffer columns_, inner_, total_, decoded_[3];
+  std::vector<Router> routers_;  // by thread
+  std::vector<std::int64_t> chosen_;
+  std::vector<float> weights_;  // of the chosen
+  std::vector<float> shares_;   // the shared expert's weight, by token
+  Buffer columns_, block_columns_, inner_, total_, decoded_[3], logits_;
+  Buffer heads_[3], attended_;  // queries, keys and values of new tokens; what attention gives
   std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0;
 };
 

@@ -199,9 +199,9 @@ def test_the_whole_demo_answers_with_paris_and_with_stock_s_tokens(tmp_path, soa
     found = json.loads(done.stdout)
     folder = found["checkpoint"]["folder"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    stock = AutoModelForCausalLM.from_pretrained(folder)
     equal = 0
     with zipmoe.load(tmp_path / "store", memory="1.5GB", compute="torch") as loaded:
+        stock = AutoModelForCausalLM.from_pretrained(folder)  # not in the base of the other
         for answer in found["answers"]:
             inputs = tokenizer.apply_chat_template(
                 [{"role": "user", "content": answer["question"]}],

@@ -39,6 +39,17 @@ def test_bits_depend_on_nothing_but_a_tokens_own_past(name: str, tmp_path: Path)
         assert "attention" not in loaded.runtime.engaged()["fell_back"]
 
 
+def at_the_floor(store: Path) -> zipmoe.Loaded:
+    """Load with the least memory; what this process holds itself may grow meanwhile."""
+    memory = 1
+    for _ in range(5):
+        try:
+            return zipmoe.load(store, memory=memory)
+        except zipmoe.BudgetError as error:
+            memory = error.floor_bytes
+    raise AssertionError("the floor keeps rising")
+
+
 def test_codecs_threads_and_budgets_give_the_same_bits(tmp_path: Path) -> None:
     stores = [
         packed("qwen2_moe", tmp_path, codec=codec) for codec in ("rank223", "rank4", "zstd", "raw")
@@ -55,9 +66,7 @@ def test_codecs_threads_and_budgets_give_the_same_bits(tmp_path: Path) -> None:
                 _core.set_num_threads(0)
             expected = logits if expected is None else expected
             assert torch.equal(logits, expected)
-    with pytest.raises(zipmoe.BudgetError) as caught:
-        zipmoe.load(stores[0], memory=1)
-    with zipmoe.load(stores[0], memory=caught.value.floor_bytes) as loaded:
+    with at_the_floor(stores[0]) as loaded:
         assert torch.equal(alone(loaded.model, prompts(loaded.model, 1)[0]), expected)
 
 

@@ -5,7 +5,7 @@ Arrays are numpy; the GIL is released in every call that works on data.
 
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -337,3 +337,108 @@ def rms_norm(
 
     weight: BF16 or FP32 (wide), 0 for the plain kind. Bits are the same on every instruction set.
     """
+
+_Strided: TypeAlias = tuple[int, tuple[int, ...]]  # address, and strides in elements
+
+class AttentionBlock:
+    """Self-attention with rotary position embeddings, run in one call.
+
+    query, key, value, output: a matrix, and the address of its bias (BF16; 0: none). query_norm,
+    key_norm: kind, eps, width (of a head, or of all together), address of the weight, whether that
+    is FP32. Raises ValueError for parts that do not fit. Matrices are kept alive, addresses are
+    not.
+    """
+
+    def __init__(
+        self,
+        *,
+        query: tuple[PackedMatrix, int],
+        key: tuple[PackedMatrix, int],
+        value: tuple[PackedMatrix, int],
+        output: tuple[PackedMatrix, int],
+        heads: int,
+        kv_heads: int,
+        width: int,
+        scaling: float,
+        query_norm: tuple[NormKind, float, int, int, bool] | None = None,
+        key_norm: tuple[NormKind, float, int, int, bool] | None = None,
+    ) -> None: ...
+    def run(
+        self,
+        engine: Engine,
+        batch: int,
+        queries: int,
+        x: int,
+        cos: _Strided,
+        sin: _Strided,
+        rotated: int,
+        keys: _Strided,
+        values: _Strided,
+        begin: int,
+        out: int,
+        causal: bool,
+        mask: tuple[int, tuple[int, ...], str] | None = None,
+    ) -> None:
+        """Attend to what the cache holds and to the new tokens, which are written into it.
+
+        x, out: BF16 [batch, queries, .] without gaps. cos, sin: of the first `rotated` words of a
+        head, strides of batch, head (0) and token. keys, values: the cache, strides of batch, head
+        and token; new tokens go behind `begin` old ones. causal, mask: as in `Attention.run`.
+        """
+
+class RouterScore:
+    """What a router makes of its logits."""
+
+    softmax: RouterScore
+    sigmoid: RouterScore
+
+class GroupScore:
+    """What a group of experts is worth: its best, or its two best added."""
+
+    best: GroupScore
+    two_best: GroupScore
+
+class RouterRule:
+    """Which experts a token goes to, in FP32 throughout.
+
+    The k best scores plus `correction` (address, FP32, 0: none) in the best groups; weights are
+    their scores, divided by their sum plus `least_sum` if `normalises`, times `scaling`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        k: int,
+        *,
+        score: RouterScore,
+        normalises: bool = False,
+        least_sum: float = 0.0,
+        scaling: float = 1.0,
+        correction: int = 0,
+        num_groups: int = 1,
+        kept_groups: int = 1,
+        group_score: GroupScore = ...,
+    ) -> None: ...
+    def choose(self, logits: int, tokens: int, experts: int, weights: int) -> None:
+        """From FP32 logits [tokens, num_experts]: int64 and FP32 [tokens, k], the best first."""
+
+class MoeBlock:
+    """Router, routed experts and an expert that all tokens visit, run in one call.
+
+    shared: its gate, up and down; shared_gate: one row, whose product's sigmoid weighs it.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: PackedMatrix,
+        rule: RouterRule,
+        gate: Gate,
+        shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None,
+        gate_of_shared: Gate = ...,
+        shared_gate: PackedMatrix | None = None,
+    ) -> None: ...
+    def run(
+        self, engine: Engine, cache: ExpertCache, layer: int, x: int, tokens: int, out: int
+    ) -> None:
+        """BF16 x, out [tokens, hidden] without gaps; the sum over experts is rounded once."""

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from zipmoe import _core, attention, budget, footprint, kv, packed
 from zipmoe._errors import MismatchError, ZipmoeError
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
+from zipmoe.blocks import NativeBlock, replace_blocks
 from zipmoe.dense import PADDING, DenseFile
 from zipmoe.experts import (
     IMPLEMENTATION,
@@ -102,6 +103,8 @@ class Runtime:
         self.source, self.report, self.context = source, report, context
         self.folder, self.codec = str(store.path), dict(store.manifest.codec)
         self.dense = PackedDense()
+        self.blocks: list[NativeBlock] = []  # attention and MoE blocks that run in one call
+        self.in_parts: list[str] = []  # classes of those that do not
         self.compute = "torch" if source.engine is None else "native"
 
     @property
@@ -110,13 +113,18 @@ class Runtime:
         return self.source.cache
 
     def engaged(self) -> dict[str, str]:
-        """Say what is at work: compute, codec, instruction set, reader."""
+        """Say what is at work: compute, codec, instruction set, reader.
+
+        in_parts: attention and MoE blocks that run natively, but not in one call each. fell_back:
+        what was left to torch.
+        """
         cache, engine = self.cache, self.source.engine
         return {
             "compute": self.compute,
             "codec": self.codec["experts"],
             "isa": cache.isa if engine is None else engine.isa,
             "reader": cache.reader,
+            "in_parts": ", ".join(self.in_parts) or "nothing",
             "fell_back": ", ".join(self._fell_back()) or "nothing",
         }
 
@@ -136,6 +144,8 @@ class Runtime:
 
     def close(self) -> None:
         """Free the cache's threads, files and memory. Idempotent; the model cannot run then."""
+        for block in self.blocks:
+            block.close()
         self.source.cache.close()
         self.dense.close()
 
@@ -287,6 +297,8 @@ class ZipmoeQuantizer(HfQuantizer):
             model.set_attn_implementation(attention.IMPLEMENTATION)
             replace_norms(model)
             replace_gated(model)
+            runtime.blocks, left = replace_blocks(model)
+            runtime.in_parts = sorted({type(module).__name__ for module in left})
             kv.attach(model)
         runtime.source.cache = _core.ExpertCache(
             self._paths, self._table, capacity_bytes=runtime.report.cache

@@ -84,6 +84,7 @@ def measured(result: GenerateResult) -> str:
     pace = f", then {result.tpot_s * 1000:.0f} ms per token" if result.tpot_s else ""
     peak, promised = format_bytes(result.peak_rss_bytes), format_bytes(result.memory_bytes)
     engaged = dict(result.engaged)
+    del engaged["in_parts"]  # for --json: it says how, not what
     left = engaged.pop("fell_back")
     left = f"; left to torch: {left}" if left != "nothing" else ""
     return (

@@ -24,13 +24,23 @@ from zipmoe import _core
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FALLBACKS", "IMPLEMENTATION", "Fallbacks", "attention_forward", "mask", "register"]
+__all__ = [
+    "FALLBACKS",
+    "IMPLEMENTATION",
+    "IRRELEVANT",
+    "MASK_TYPES",
+    "Fallbacks",
+    "attention_forward",
+    "mask",
+    "mask_strides",
+    "register",
+]
 
 IMPLEMENTATION = "zipmoe"
 
 # What passes through the attention interface without a meaning for it, or with one for flash
 # attention only: masks say the same.
-_IRRELEVANT = frozenset(
+IRRELEVANT = frozenset(
     {
         "cache_position",
         "cu_seq_lens_k",
@@ -53,7 +63,7 @@ _IRRELEVANT = frozenset(
 )
 _SDPA = {"dropout", "scaling", "is_causal", "position_bias", "cache"}
 _KNOWN = {*_SDPA - {"cache"}, "output_attentions", "softcap", "s_aux", "sinks"}
-_MASK_TYPES = {torch.bool: "bool", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+MASK_TYPES = {torch.bool: "bool", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 class Fallbacks:
@@ -136,7 +146,7 @@ def attention_forward(
     given = {
         name: argument
         for name, argument in kwargs.items()
-        if argument is not None and name not in _IRRELEVANT
+        if argument is not None and name not in IRRELEVANT
     }
     attention_mask = _with_selection(module, key, attention_mask, given, kwargs.get("position_ids"))
     reason = _why_not(module, (query, key, value), attention_mask, given)
@@ -203,8 +213,8 @@ def attend(
         causal=causal,
         offset=offset,
         window=window,
-        mask=_mask(mask, (batch, heads, queries, keys)),
-        bias=_mask(bias, (batch, heads, queries, keys)),
+        mask=mask_strides(mask, (batch, heads, queries, keys)),
+        bias=mask_strides(bias, (batch, heads, queries, keys)),
         sinks=None if sinks is None else _sinks_tensor(sinks, (batch, heads, queries)),
     )
     return out
@@ -220,11 +230,12 @@ def _tensor(tensor: torch.Tensor, batch: int) -> tuple[int, tuple[int, int, int]
     return tensor.data_ptr(), (first if tensor.shape[0] == batch else 0, second, third)
 
 
-def _mask(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> Any:
+def mask_strides(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> Any:
+    """Describe a mask, broadcast to [batch, heads, queries, keys], to the core."""
     if tensor is None:
         return None
     strides = tensor.expand(shape).stride()
-    return tensor.data_ptr(), strides, _MASK_TYPES[tensor.dtype]
+    return tensor.data_ptr(), strides, MASK_TYPES[tensor.dtype]
 
 
 def _sinks_tensor(tensor: torch.Tensor, shape: tuple[int, ...]) -> Any:
@@ -298,7 +309,7 @@ def _why_not_tensor(tensor: torch.Tensor) -> str | None:
 
 
 def _why_not_mask(name: str, mask: torch.Tensor | None) -> str | None:
-    if mask is None or (mask.ndim == 4 and mask.dtype in _MASK_TYPES):
+    if mask is None or (mask.ndim == 4 and mask.dtype in MASK_TYPES):
         return None
     return f"{name} of {mask.ndim} dimensions, {mask.dtype}"
 

@@ -37,15 +37,26 @@ class GatedBlock(nn.Module):
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
-        self._gate = gate
+        self.kind = gate
         self._weights: list[PackedWeight] = [getattr(original, part).weight for part in _PARTS]
         self.train(original.training)
+
+    @property
+    def matrices(self) -> tuple[Any, Any, Any]:
+        """Gate, up and down as the core has them."""
+        gate, up, down = (weight.matrix for weight in self._weights)
+        return gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
         """Run it: [..., hidden] to [..., hidden], rounded once between the products."""
         gate, up, down = self._weights
-        if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or gate.engine is None:
-            parts = self._modules
+        parts = self._modules
+        if (
+            x.dtype is not torch.bfloat16
+            or not x.is_cpu
+            or gate.engine is None
+            or [getattr(parts[part], "weight", None) for part in _PARTS] != self._weights
+        ):
             inner = parts["act_fn"](parts["gate_proj"](x)) * parts["up_proj"](x)  # type: ignore[misc]
             return parts["down_proj"](inner)  # type: ignore[misc]
         x = x.contiguous()
@@ -55,7 +66,7 @@ class GatedBlock(nn.Module):
             gate.matrix,
             up.matrix,
             down.matrix,
-            self._gate,
+            self.kind,
             x.data_ptr(),
             columns,
             math.prod(x.shape[:-1]),

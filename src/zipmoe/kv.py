@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 __all__ = ["GrowingLayer", "attach", "grow_in_place"]
@@ -42,20 +44,28 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append, and give all keys and values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        held = (self.keys, self.values)
-        if not self._holds(held, key_states.shape[-2]):
-            self._rooms = [
-                self._room(old, new)
-                for old, new in zip(held, (key_states, value_states), strict=True)
-            ]
-        length = self.get_seq_length()
-        end = length + key_states.shape[-2]
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, length:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        begin = self.extend(key_states.shape, value_states.shape, key_states)
+        self.keys[:, :, begin:] = key_states
+        self.values[:, :, begin:] = value_states
         return self.keys, self.values
+
+    def extend(
+        self, key_shape: Sequence[int], value_shape: Sequence[int], like: torch.Tensor
+    ) -> int:
+        """Make room for keys and values of these shapes, for the caller to fill.
+
+        Returns where it begins in `keys` and `values`, which have the new length. like: of the
+        dtype that a new cache is to have.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        held, more = (self.keys, self.values), key_shape[-2]
+        if not self._holds(held, more):
+            shapes = (key_shape, value_shape)
+            self._rooms = [self._room(old, new) for old, new in zip(held, shapes, strict=True)]
+        begin = held[0].shape[-2] if held[0].numel() else 0
+        self.keys, self.values = (room[:, :, : begin + more] for room in self._rooms)
+        return begin
 
     def _holds(self, held: tuple[torch.Tensor, torch.Tensor], more: int) -> bool:
         """Tell whether what is held lies in the rooms, which have space for some more tokens.
@@ -71,10 +81,10 @@ class GrowingLayer(DynamicLayer):
         )
 
     @staticmethod
-    def _room(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _room(old: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         length = old.shape[-2] if old.numel() else 0
-        tokens = -(-(length + new.shape[-2] + 1) // _STEP) * _STEP
-        room = new.new_empty(*new.shape[:-2], tokens, new.shape[-1])
+        tokens = -(-(length + shape[-2] + 1) // _STEP) * _STEP
+        room = old.new_empty(*shape[:-2], tokens, shape[-1])
         if length:
             room[:, :, :length] = old
         return room

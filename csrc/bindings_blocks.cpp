@@ -1,0 +1,186 @@
+// Attention and MoE blocks for Python. Matrices are kept alive here, tensors by whoever gives their
+// addresses (zipmoe.blocks).
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "bindings_cache.h"
+#include "bindings_matrix.h"
+#include "bindings_tensors.h"
+#include "engine.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace zipmoe {
+namespace {
+
+template <class Block>
+struct Held {
+  Block block;
+  std::vector<nb::object> matrices;
+
+  const PackedMatrix* hold(const nb::object& matrix) {
+    matrices.push_back(matrix);
+    return &nb::cast<const HeldMatrix&>(matrix).matrix;
+  }
+};
+
+using HeldAttention = Held<AttentionBlock>;
+using HeldMoe = Held<MoeBlock>;
+
+using BiasedMatrix = std::tuple<nb::object, Address>;
+// Kind, eps, width, address of the weight, whether that is FP32.
+using Norm = std::tuple<NormKind, float, std::uint32_t, Address, bool>;
+using ThreeMatrices = std::tuple<nb::object, nb::object, nb::object>;
+
+std::optional<NormRule> norm_of(const std::optional<Norm>& norm) {
+  if (!norm) return {};
+  const auto& [kind, eps, width, weight, is_wide] = *norm;
+  return NormRule{kind, eps, width, is_wide ? nullptr : at<const std::uint16_t>(weight),
+                  is_wide ? at<const float>(weight) : nullptr};
+}
+
+Projection projection_of(HeldAttention& held, const BiasedMatrix& part) {
+  const auto& [matrix, bias] = part;
+  return {held.hold(matrix), at<const std::uint16_t>(bias)};
+}
+
+}  // namespace
+
+static void bind_attention_block(nb::module_& m) {
+  nb::class_<HeldAttention>(m, "AttentionBlock")
+      .def(
+          "__init__",
+          [](HeldAttention* self, const BiasedMatrix& query, const BiasedMatrix& key,
+             const BiasedMatrix& value, const BiasedMatrix& output, std::uint64_t heads,
+             std::uint64_t kv_heads, std::uint32_t width, float scaling,
+             const std::optional<Norm>& query_norm, const std::optional<Norm>& key_norm) {
+            HeldAttention held;
+            held.block = {projection_of(held, query),
+                          projection_of(held, key),
+                          projection_of(held, value),
+                          projection_of(held, output),
+                          heads,
+                          kv_heads,
+                          width,
+                          norm_of(query_norm),
+                          norm_of(key_norm),
+                          scaling};
+            check(held.block);
+            new (self) HeldAttention(std::move(held));
+          },
+          nb::kw_only(), "query"_a, "key"_a, "value"_a, "output"_a, "heads"_a, "kv_heads"_a,
+          "width"_a, "scaling"_a, "query_norm"_a = nb::none(), "key_norm"_a = nb::none())
+      .def(
+          "run",
+          [](const HeldAttention& self, Engine& engine, std::uint64_t batch, std::uint64_t queries,
+             Address x, const Tensor& cos, const Tensor& sin, std::uint32_t rotated,
+             const Tensor& keys, const Tensor& values, std::uint64_t begin, Address out,
+             bool causal, const std::optional<Mask>& mask) {
+            const AttentionCall call{batch,
+                                     queries,
+                                     at<const std::uint16_t>(x),
+                                     tensor_of<const std::uint16_t>(cos),
+                                     tensor_of<const std::uint16_t>(sin),
+                                     rotated,
+                                     tensor_of<std::uint16_t>(keys),
+                                     tensor_of<std::uint16_t>(values),
+                                     begin,
+                                     causal,
+                                     mask_of(mask)};
+            nb::gil_scoped_release release;
+            engine.attend(self.block, call, at<std::uint16_t>(out));
+          },
+          "engine"_a, "batch"_a, "queries"_a, "x"_a, "cos"_a, "sin"_a, "rotated"_a, "keys"_a,
+          "values"_a, "begin"_a, "out"_a, "causal"_a, "mask"_a = nb::none());
+}
+
+static void bind_moe_block(nb::module_& m) {
+  nb::enum_<RouterScore>(m, "RouterScore")
+      .value("softmax", RouterScore::softmax)
+      .value("sigmoid", RouterScore::sigmoid);
+  nb::enum_<GroupScore>(m, "GroupScore")
+      .value("best", GroupScore::best)
+      .value("two_best", GroupScore::two_best);
+  nb::class_<RouterRule>(m, "RouterRule")
+      .def(
+          "__init__",
+          [](RouterRule* self, std::uint32_t num_experts, std::uint32_t k, RouterScore score,
+             bool normalises, float least_sum, float scaling, Address correction,
+             std::uint32_t num_groups, std::uint32_t kept_groups, GroupScore group_score) {
+            new (self) RouterRule{num_experts,
+                                  k,
+                                  score,
+                                  normalises,
+                                  least_sum,
+                                  scaling,
+                                  at<const float>(correction),
+                                  num_groups,
+                                  kept_groups,
+                                  group_score};
+            check(*self);
+          },
+          "num_experts"_a, "k"_a, nb::kw_only(), "score"_a, "normalises"_a = false,
+          "least_sum"_a = 0.0F, "scaling"_a = 1.0F, "correction"_a = 0, "num_groups"_a = 1,
+          "kept_groups"_a = 1, "group_score"_a = GroupScore::best)
+      .def(
+          "choose",
+          [](const RouterRule& self, Address logits, std::uint64_t tokens, Address experts,
+             Address weights) {
+            Router router;
+            for (std::uint64_t t = 0; t < tokens; ++t)
+              router.choose(self, at<const float>(logits) + t * self.num_experts,
+                            at<std::int64_t>(experts) + t * self.k,
+                            at<float>(weights) + t * self.k);
+          },
+          "logits"_a, "tokens"_a, "experts"_a, "weights"_a);
+  nb::class_<HeldMoe>(m, "MoeBlock")
+      .def(
+          "__init__",
+          [](HeldMoe* self, const nb::object& router, const RouterRule& rule, Gate gate,
+             const std::optional<ThreeMatrices>& shared, Gate gate_of_shared,
+             const nb::object& shared_gate) {
+            HeldMoe held;
+            MoeBlock& block = held.block;
+            block.router = held.hold(router);
+            block.rule = rule;
+            block.gate = gate;
+            block.gate_of_shared = gate_of_shared;
+            if (shared)
+              block.shared = {held.hold(std::get<0>(*shared)), held.hold(std::get<1>(*shared)),
+                              held.hold(std::get<2>(*shared))};
+            if (!shared_gate.is_none()) block.shared_gate = held.hold(shared_gate);
+            check(block);
+            new (self) HeldMoe(std::move(held));
+          },
+          nb::kw_only(), "router"_a, "rule"_a, "gate"_a, "shared"_a = nb::none(),
+          "gate_of_shared"_a = Gate::silu, "shared_gate"_a = nb::none())
+      .def(
+          "run",
+          [](const HeldMoe& self, Engine& engine, const CacheHandle& cache, std::uint64_t layer,
+             Address x, std::uint64_t tokens, Address out) {
+            const auto hidden = static_cast<std::ptrdiff_t>(self.block.router->columns());
+            nb::gil_scoped_release release;
+            engine.moe(*cache.get(), layer, self.block,
+                       {at<const std::uint16_t>(x), hidden, tokens}, at<std::uint16_t>(out),
+                       hidden);
+          },
+          "engine"_a, "cache"_a, "layer"_a, "x"_a, "tokens"_a, "out"_a);
+}
+
+void bind_blocks(nb::module_& m) {
+  bind_attention_block(m);
+  bind_moe_block(m);
+}
+
+}  // namespace zipmoe

@@ -1,0 +1,174 @@
+// The two halves of a decoder layer, each in one call.
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "engine_work.h"
+#include "scalar.h"
+
+namespace zipmoe {
+namespace {
+
+// Tokens of one piece of what is done to each by itself.
+constexpr std::uint64_t kPieceTokens = 8;
+
+void require(bool is_so, const char* what) {
+  if (!is_so) throw std::invalid_argument(what);
+}
+
+}  // namespace
+
+void check(const AttentionBlock& block) {
+  const std::uint64_t width = block.width, inner = block.heads * width;
+  const PackedMatrix& query = *block.query.weights;
+  require(block.kv_heads != 0 && block.heads % block.kv_heads == 0 && query.rows() == inner &&
+              block.output.weights->columns() == inner,
+          "queries and output of an attention block do not fit its heads");
+  for (const Projection* part : {&block.key, &block.value})
+    require(part->weights->rows() == block.kv_heads * width &&
+                part->weights->columns() == query.columns(),
+            "keys and values of an attention block do not fit its heads");
+  for (const auto& [norm, heads] :
+       {std::pair(&block.query_norm, block.heads), std::pair(&block.key_norm, block.kv_heads)})
+    require(!*norm || (*norm)->width == width || (*norm)->width == heads * width,
+            "a norm of an attention block is neither of a head nor of all");
+}
+
+void check(const MoeBlock& block) {
+  const std::uint64_t hidden = block.router->columns();
+  require(block.router->rows() == block.rule.num_experts, "a router of other experts");
+  if (block.shared)
+    require(block.shared->up->columns() == hidden && block.shared->down->rows() == hidden &&
+                block.shared->down->columns() == block.shared->up->rows() &&
+                block.shared->gate->columns() == hidden &&
+                block.shared->gate->rows() == block.shared->up->rows(),
+            "the parts of a shared expert do not fit");
+  if (block.shared_gate != nullptr)
+    require(block.shared_gate->rows() == 1 && block.shared_gate->columns() == hidden,
+            "the gate of a shared expert does not fit");
+}
+
+void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
+                 std::uint16_t* y, std::ptrdiff_t stride) {
+  const Turn turn(*this);
+  const std::uint64_t hidden = block.router->columns();
+  const Columns columns = ready_columns(x, hidden, block_columns_);
+  list_visits(route(block, columns), x.count);
+  cache.prefetch(layer, distinct_);
+  begin_total(hidden, x.count);
+  if (block.shared) run_shared(block, columns);
+  run_experts(cache, layer, block.gate, x, hidden);
+  round_total(hidden, x.count, y, stride);
+}
+
+Routing Engine::route(const MoeBlock& block, const Columns& x) {
+  const RouterRule& rule = block.rule;
+  const std::uint64_t experts = rule.num_experts;
+  auto* logits = grown<float>(logits_, experts * x.count);
+  products(*block.router, x,
+           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
+             std::copy_n(values, rows, logits + c * experts + begin);
+           });
+  chosen_.resize(x.count * rule.k);
+  weights_.resize(x.count * rule.k);
+  pool_->run(x.count, kPieceTokens, [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t t = begin; t < end; ++t)
+      routers_[thread].choose(rule, logits + t * experts, &chosen_[t * rule.k],
+                              &weights_[t * rule.k]);
+  });
+  return {chosen_.data(), weights_.data(), rule.k, experts};
+}
+
+void Engine::run_shared(const MoeBlock& block, const Columns& x) {
+  shares_.assign(x.count, 1.0F);
+  if (block.shared_gate != nullptr)
+    products(*block.shared_gate, x,
+             [&](const float* values, std::uint64_t, std::uint64_t, std::uint32_t c) {
+               shares_[c] = 1.0F / (1.0F + exp_of(-values[0]));
+             });
+  const std::uint64_t hidden = block.shared->down->rows();
+  auto* total = reinterpret_cast<float*>(total_.data());
+  products(*block.shared->down, inner(*block.shared, block.gate_of_shared, x),
+           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
+             dot_.weigh(values, rows, shares_[c], total + c * hidden + begin);
+           });
+}
+
+void Engine::attend(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y) {
+  const Turn turn(*this);
+  const std::uint64_t tokens = call.batch * call.queries, width = block.width;
+  const std::uint64_t hidden = block.query.weights->columns(), inner = block.heads * width;
+  const auto stride = [](std::uint64_t n) { return static_cast<std::ptrdiff_t>(n); };
+  project(block, ready_columns({call.x, stride(hidden), tokens}, hidden, columns_));
+  place_heads(block, call);
+  const auto* queries = reinterpret_cast<const std::uint16_t*>(heads_[0].data());
+  auto* attended = grown<std::uint16_t>(attended_, tokens * inner);
+  const AttentionInput input{
+      {call.batch, block.heads, block.kv_heads, call.queries, call.begin + call.queries,
+       block.width, block.width},
+      {queries, stride(call.queries * inner), stride(width), stride(inner)},
+      {call.keys.data, call.keys.batch, call.keys.head, call.keys.row},
+      {call.values.data, call.values.batch, call.values.head, call.values.row}};
+  AttentionRule rule;
+  rule.scaling = block.scaling;
+  rule.causal = call.causal;
+  rule.mask = call.mask;
+  attention_.run(input, rule,
+                 {attended, stride(call.queries * inner), stride(width), stride(inner)});
+  const PackedMatrix& output = *block.output.weights;
+  product(output, ready_columns({attended, stride(inner), tokens}, inner, columns_),
+          block.output.bias, y, stride(output.rows()));
+}
+
+// Queries, keys and values of the new tokens, rounded.
+void Engine::project(const AttentionBlock& block, const Columns& x) {
+  const std::array parts{&block.query, &block.key, &block.value};
+  std::array<std::uint16_t*, 3> rooms;
+  for (std::size_t m = 0; m < parts.size(); ++m)
+    rooms[m] = grown<std::uint16_t>(heads_[m], parts[m]->weights->rows() * x.count);
+  products(std::array{parts[0]->weights, parts[1]->weights, parts[2]->weights}, x,
+           [&](std::size_t m, const float* values, std::uint64_t begin, std::uint64_t rows,
+               std::uint32_t c) {
+             const std::uint16_t* bias = parts[m]->bias;
+             dot_.round(values, rows, bias == nullptr ? nullptr : bias + begin,
+                        rooms[m] + c * parts[m]->weights->rows() + begin);
+           });
+}
+
+// Norms and rotations; keys and values go to the cache.
+void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call) {
+  const NormRow norm_row_of = norm_row(isa_);
+  const std::uint64_t width = block.width;
+  const auto at = [](std::uint64_t n) { return static_cast<std::ptrdiff_t>(n); };
+  const auto normalise = [&](const std::optional<NormRule>& rule, std::uint16_t* row,
+                             std::uint64_t words) {
+    if (!rule) return;
+    for (std::uint64_t k = 0; k < words; k += rule->width) norm_row_of(row + k, *rule, row + k);
+  };
+  pool_->run(call.batch * call.queries, kPieceTokens,
+             [&](unsigned, std::uint64_t first, std::uint64_t last) {
+               for (std::uint64_t t = first; t < last; ++t) {
+                 const std::uint64_t b = t / call.queries, q = t % call.queries;
+                 const auto row = [&](std::size_t m, std::uint64_t heads) {
+                   return reinterpret_cast<std::uint16_t*>(heads_[m].data()) +
+                          at(t * heads * width);
+                 };
+                 const auto rotate = [&](std::uint16_t* words) {
+                   dot_.rotate(words, call.cos.at(b, 0, q), call.sin.at(b, 0, q), call.rotated / 2);
+                 };
+                 std::uint16_t* queries = row(0, block.heads);
+                 std::uint16_t* keys = row(1, block.kv_heads);
+                 const std::uint16_t* values = row(2, block.kv_heads);
+                 normalise(block.query_norm, queries, block.heads * width);
+                 normalise(block.key_norm, keys, block.kv_heads * width);
+                 for (std::uint64_t h = 0; h < block.heads; ++h) rotate(queries + h * width);
+                 for (std::uint64_t h = 0; h < block.kv_heads; ++h) {
+                   rotate(keys + h * width);
+                   std::copy_n(keys + h * width, width, call.keys.at(b, h, call.begin + q));
+                   std::copy_n(values + h * width, width, call.values.at(b, h, call.begin + q));
+                 }
+               }
+             });
+}
+
+}  // namespace zipmoe

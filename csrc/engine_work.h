@@ -1,0 +1,79 @@
+// What the files of the engine share: a call's turn, and products cut into pieces of work.
+#pragma once
+#include <algorithm>
+#include <chrono>
+
+#include "engine.h"
+
+namespace zipmoe {
+
+// A call: alone in the engine, and counted.
+class Engine::Turn {
+ public:
+  explicit Turn(Engine& engine) : engine_(engine), lock_(engine.mutex_) {}
+  ~Turn() {
+    const auto spent = std::chrono::steady_clock::now() - begin_;
+    engine_.busy_ns_ += static_cast<std::uint64_t>(std::chrono::nanoseconds(spent).count());
+    ++engine_.calls_;
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  Engine& engine_;
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+  std::lock_guard<std::mutex> lock_;
+};
+
+// Weights in one piece of work: long enough that handing it out costs nothing, short enough that no
+// thread waits long for another's last one.
+inline constexpr std::uint64_t kPieceWeights = std::uint64_t{1} << 18;
+// Rows of a piece are many when they are few columns' only work, and at least so many.
+inline constexpr std::uint64_t kLeastRows = 32;
+
+inline std::uint64_t piece_rows(std::uint64_t unit, std::uint64_t columns) {
+  const std::uint64_t wanted =
+      std::max(kLeastRows, kPieceWeights / std::max<std::uint64_t>(columns, 1));
+  return ceil_to(wanted, unit);
+}
+
+// Calls keep(which, values, begin, rows, column) for the products of each piece of rows of one of
+// the matrices, which share the columns.
+template <std::size_t kMatrices, class Keep>
+void Engine::products(const std::array<const PackedMatrix*, kMatrices>& matrices, const Columns& x,
+                      const Keep& keep) {
+  std::array<std::uint64_t, kMatrices> grains, ends;
+  std::uint64_t pieces = 0;
+  for (std::size_t m = 0; m < kMatrices; ++m) {
+    const PackedMatrix& matrix = *matrices[m];
+    // A small matrix is shared by all threads too.
+    const std::uint64_t share = (matrix.rows() + num_threads() - 1) / num_threads();
+    grains[m] = std::min(piece_rows(matrix.row_unit(), matrix.columns()),
+                         ceil_to(std::max(share, kLeastRows), matrix.row_unit()));
+    ends[m] = pieces += (matrix.rows() + grains[m] - 1) / grains[m];
+  }
+  pool_->run(pieces, 1, [&](unsigned thread, std::uint64_t first, std::uint64_t last) {
+    Multiplier& multiplier = *multipliers_[thread];
+    std::size_t m = 0;
+    for (std::uint64_t piece = first; piece < last; ++piece) {
+      while (piece >= ends[m]) ++m;
+      const PackedMatrix& matrix = *matrices[m];
+      const std::uint64_t begin = (piece - (m == 0 ? 0 : ends[m - 1])) * grains[m];
+      const std::uint64_t end = std::min(begin + grains[m], matrix.rows());
+      const std::uint64_t rows = end - begin;
+      float* values = multiplier.values(0, rows * x.count);
+      multiplier.rows(matrix, begin, end, x, values, static_cast<std::ptrdiff_t>(rows));
+      for (std::uint32_t c = 0; c < x.count; ++c) keep(m, values + c * rows, begin, rows, c);
+    }
+  });
+}
+
+// Calls keep(values, begin, rows, column).
+template <class Keep>
+void Engine::products(const PackedMatrix& matrix, const Columns& x, const Keep& keep) {
+  products(std::array{&matrix}, x,
+           [&](std::size_t, const float* values, std::uint64_t begin, std::uint64_t rows,
+               std::uint32_t c) { keep(values, begin, rows, c); });
+}
+
+}  // namespace zipmoe

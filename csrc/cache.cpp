@@ -147,6 +147,20 @@ Lease ExpertCache::acquire(std::uint64_t layer, std::uint64_t expert) {
   }
 }
 
+std::optional<Lease> ExpertCache::try_acquire(std::uint64_t layer, std::uint64_t expert) {
+  const std::uint32_t record = table_.find(layer, expert);
+  if (is_forked()) check_usable();
+  const Lock lock(mutex_);
+  check_usable();
+  const auto slot = residency_.slot_of(record);
+  if (!slot || residency_.state(*slot) != SlotState::resident) return std::nullopt;
+  count_visit(record);
+  residency_.pin(*slot);
+  residency_.touch(*slot);
+  ++num_users_;
+  return Lease(*this, record, *slot);
+}
+
 // The slot of the expert's record, resident and pinned.
 std::uint32_t ExpertCache::pin_resident(Lock& lock, std::uint32_t expert) {
   for (;;) {

@@ -72,6 +72,8 @@ class ExpertCache final : private ReadSink {
   // on all slots must not ask for one more: nobody would ever free one. Throws FetchError or
   // CorruptError where the read failed; the cache stays usable.
   Lease acquire(std::uint64_t layer, std::uint64_t expert);
+  // The same if the record is there; never waits for a read.
+  std::optional<Lease> try_acquire(std::uint64_t layer, std::uint64_t expert);
 
   // What is asked for by (layer, expert, matrix); throws std::invalid_argument where there is none.
   [[nodiscard]] const MatrixSpec& spec(std::uint64_t layer, std::uint64_t expert,

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -76,6 +77,27 @@ class Engine {
     std::uint64_t expert, token;
     float weight;
   };
+  // A gated block for the columns of some visits.
+  struct GatedTask {
+    GatedMatrices matrices;
+    Gate kind;
+    std::span<const Visit> visits{};
+    Columns x{};
+    bool is_routed = false;
+    // Set by multiply_inner: what the last matrix is multiplied with, and how the work is cut.
+    Columns inner{};
+    std::uint16_t* out = nullptr;
+    std::uint64_t grain = 0, end = 0;
+
+    [[nodiscard]] std::size_t last_matrix() const { return matrices.gate == nullptr ? 1 : 2; }
+  };
+  // An expert in use, and its matrices.
+  struct Held {
+    Lease lease;
+    std::array<std::optional<PackedMatrix>, 3> matrices;
+  };
+  class TaskList;
+  static constexpr std::size_t kTasksTogether = 16;
 
   template <std::size_t kMatrices, class Keep>
   void products(const std::array<const PackedMatrix*, kMatrices>& matrices, const Columns& x,
@@ -84,18 +106,24 @@ class Engine {
   void products(const PackedMatrix& matrix, const Columns& x, const Keep& keep);
   void product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
                std::uint16_t* y, std::ptrdiff_t stride);
-  Columns inner(const GatedMatrices& matrices, Gate kind, const Columns& x);
   void list_visits(const Routing& routing, std::uint64_t tokens);
-  Columns gather(const Input& x, std::span<const Visit> visits, std::uint64_t weights);
+  Routing route(const MoeBlock& block, const Columns& x);
   void begin_total(std::uint64_t hidden, std::uint64_t tokens);
-  void run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
-                   std::uint64_t hidden);
-  void run_expert(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
-                  std::span<const Visit> visits, std::uint64_t hidden);
   void round_total(std::uint64_t hidden, std::uint64_t tokens, std::uint16_t* y,
                    std::ptrdiff_t stride);
-  Routing route(const MoeBlock& block, const Columns& x);
-  void run_shared(const MoeBlock& block, const Columns& x);
+  void run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
+                   TaskList& tasks);
+  bool take_expert(ExpertCache& cache, std::uint64_t layer, Gate kind,
+                   std::span<const Visit> visits);
+  void gather_columns(const Input& x);
+  void run_tasks(const ExpertCache& cache, std::uint64_t layer);
+  template <class AtWork>
+  void multiply_inner(std::span<GatedTask> tasks, const AtWork& at_work);
+  template <class AtWork>
+  void multiply_piece(Multiplier& multiplier, const GatedTask& task, std::uint64_t piece,
+                      const AtWork& at_work);
+  template <class AtWork>
+  void add_outer(const AtWork& at_work);
   void project(const AttentionBlock& block, const Columns& x);
   void place_heads(const AttentionBlock& block, const AttentionCall& call);
   PackedMatrix packed(ExpertCache& cache, const Lease& lease, std::uint64_t layer,
@@ -112,7 +140,10 @@ class Engine {
   std::vector<Router> routers_;  // by thread
   std::vector<std::int64_t> chosen_;
   std::vector<float> weights_;  // of the chosen
-  std::vector<float> shares_;   // the shared expert's weight, by token
+  std::vector<Visit> shared_visits_;
+  std::vector<GatedTask> tasks_;
+  std::vector<Held> held_;  // of the tasks: never more than kTasksTogether, which it has room for
+  bool decodes_ = false;    // the latest expert's weights are decoded before they are multiplied
   Buffer columns_, block_columns_, inner_, total_, decoded_[3], logits_;
   Buffer heads_[3], attended_;  // queries, keys and values of new tokens; what attention gives
   std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0;

@@ -1,10 +1,9 @@
-// The two halves of a decoder layer, each in one call.
+// Attention of a decoder layer in one call; the other half is in engine_experts.cpp.
 #include <algorithm>
 #include <stdexcept>
 #include <utility>
 
 #include "engine_work.h"
-#include "scalar.h"
 
 namespace zipmoe {
 namespace {
@@ -46,52 +45,6 @@ void check(const MoeBlock& block) {
   if (block.shared_gate != nullptr)
     require(block.shared_gate->rows() == 1 && block.shared_gate->columns() == hidden,
             "the gate of a shared expert does not fit");
-}
-
-void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
-                 std::uint16_t* y, std::ptrdiff_t stride) {
-  const Turn turn(*this);
-  const std::uint64_t hidden = block.router->columns();
-  const Columns columns = ready_columns(x, hidden, block_columns_);
-  list_visits(route(block, columns), x.count);
-  cache.prefetch(layer, distinct_);
-  begin_total(hidden, x.count);
-  if (block.shared) run_shared(block, columns);
-  run_experts(cache, layer, block.gate, x, hidden);
-  round_total(hidden, x.count, y, stride);
-}
-
-Routing Engine::route(const MoeBlock& block, const Columns& x) {
-  const RouterRule& rule = block.rule;
-  const std::uint64_t experts = rule.num_experts;
-  auto* logits = grown<float>(logits_, experts * x.count);
-  products(*block.router, x,
-           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
-             std::copy_n(values, rows, logits + c * experts + begin);
-           });
-  chosen_.resize(x.count * rule.k);
-  weights_.resize(x.count * rule.k);
-  pool_->run(x.count, kPieceTokens, [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
-    for (std::uint64_t t = begin; t < end; ++t)
-      routers_[thread].choose(rule, logits + t * experts, &chosen_[t * rule.k],
-                              &weights_[t * rule.k]);
-  });
-  return {chosen_.data(), weights_.data(), rule.k, experts};
-}
-
-void Engine::run_shared(const MoeBlock& block, const Columns& x) {
-  shares_.assign(x.count, 1.0F);
-  if (block.shared_gate != nullptr)
-    products(*block.shared_gate, x,
-             [&](const float* values, std::uint64_t, std::uint64_t, std::uint32_t c) {
-               shares_[c] = 1.0F / (1.0F + exp_of(-values[0]));
-             });
-  const std::uint64_t hidden = block.shared->down->rows();
-  auto* total = reinterpret_cast<float*>(total_.data());
-  products(*block.shared->down, inner(*block.shared, block.gate_of_shared, x),
-           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
-             dot_.weigh(values, rows, shares_[c], total + c * hidden + begin);
-           });
 }
 
 void Engine::attend(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y) {

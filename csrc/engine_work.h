@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 
 #include "engine.h"
 
@@ -30,6 +31,12 @@ class Engine::Turn {
 inline constexpr std::uint64_t kPieceWeights = std::uint64_t{1} << 18;
 // Rows of a piece are many when they are few columns' only work, and at least so many.
 inline constexpr std::uint64_t kLeastRows = 32;
+
+// To the next multiple of 64 bytes: kGroupWeights words more are needed.
+inline std::uint16_t* aligned(std::uint16_t* words) {
+  constexpr std::uintptr_t kLine = 64;
+  return reinterpret_cast<std::uint16_t*>(ceil_to(reinterpret_cast<std::uintptr_t>(words), kLine));
+}
 
 inline std::uint64_t piece_rows(std::uint64_t unit, std::uint64_t columns) {
   const std::uint64_t wanted =
@@ -74,6 +81,61 @@ void Engine::products(const PackedMatrix& matrix, const Columns& x, const Keep& 
   products(std::array{&matrix}, x,
            [&](std::size_t, const float* values, std::uint64_t begin, std::uint64_t rows,
                std::uint32_t c) { keep(values, begin, rows, c); });
+}
+
+// The inner products of tasks and what is between: activation(gate x) * up x, rounded. Calls
+// at_work(task, matrix, work) for each piece of work.
+template <class AtWork>
+void Engine::multiply_inner(std::span<GatedTask> tasks, const AtWork& at_work) {
+  std::uint64_t size = 0, pieces = 0;
+  for (GatedTask& task : tasks) {
+    const PackedMatrix& up = *task.matrices.up;
+    const PackedMatrix* gate = task.matrices.gate;
+    const std::uint64_t unit =
+        gate == nullptr ? up.row_unit() : std::lcm(up.row_unit(), gate->row_unit());
+    task.grain = piece_rows(unit, 2 * up.columns());
+    task.end = pieces += (up.rows() + task.grain - 1) / task.grain;
+    size += column_stride(up.rows()) * task.x.count;
+  }
+  std::uint16_t* room = aligned(grown<std::uint16_t>(inner_, size + kGroupWeights));
+  for (GatedTask& task : tasks) {
+    const std::uint64_t rows = task.matrices.up->rows(), padded = column_stride(rows);
+    task.inner = {room, static_cast<std::ptrdiff_t>(padded), task.x.count};
+    task.out = room;
+    for (std::uint32_t c = 0; c < task.x.count; ++c, room += padded)
+      std::fill(room + rows, room + padded, std::uint16_t{0});
+  }
+  pool_->run(pieces, 1, [&](unsigned thread, std::uint64_t piece, std::uint64_t) {
+    std::size_t t = 0;
+    while (piece >= tasks[t].end) ++t;
+    multiply_piece(*multipliers_[thread], tasks[t], piece - (t == 0 ? 0 : tasks[t - 1].end),
+                   at_work);
+  });
+}
+
+template <class AtWork>
+void Engine::multiply_piece(Multiplier& multiplier, const GatedTask& task, std::uint64_t piece,
+                            const AtWork& at_work) {
+  const PackedMatrix* gate = task.matrices.gate;
+  const std::uint64_t begin = piece * task.grain;
+  const std::uint64_t end = std::min(begin + task.grain, task.matrices.up->rows());
+  const std::uint64_t n = end - begin, count = task.x.count;
+  const auto multiply = [&](unsigned which, const PackedMatrix& matrix) {
+    float* values = multiplier.values(which, n * count);
+    at_work(task, which, [&] {
+      multiplier.rows(matrix, begin, end, task.x, values, static_cast<std::ptrdiff_t>(n));
+    });
+    return values;
+  };
+  const float* gates = gate == nullptr ? nullptr : multiply(0, *gate);
+  const float* ups = multiply(gate == nullptr ? 0 : 1, *task.matrices.up);
+  for (std::uint32_t c = 0; c < count; ++c) {
+    std::uint16_t* out = task.out + c * task.inner.stride + begin;
+    if (gates == nullptr)
+      dot_.gate(task.kind, ups + c * n, nullptr, n, out);
+    else
+      dot_.gate(task.kind, gates + c * n, ups + c * n, n, out);
+  }
 }
 
 }  // namespace zipmoe

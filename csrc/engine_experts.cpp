@@ -1,0 +1,257 @@
+// Routed experts of a layer, and the expert that all tokens visit.
+//
+// An expert is a task: gate, up and down on the columns of its visits. Tasks whose weights are in
+// memory run together: all their inner products, then all their outer ones, which are added up row
+// by row in the order of the tasks. So a thread waits twice for another, not twice for each expert.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+#include "engine_work.h"
+#include "scalar.h"
+
+namespace zipmoe {
+namespace {
+
+// Tasks run together as long as they have no more columns than these: with many columns a task is
+// work enough, and what is between its products takes memory.
+constexpr std::uint64_t kColumnsTogether = 64;
+// Tokens of one piece of what is done to each by itself.
+constexpr std::uint64_t kPieceTokens = 8;
+
+}  // namespace
+
+// Forgets tasks and their leases, whatever happens.
+class Engine::TaskList {
+ public:
+  explicit TaskList(Engine& engine) : engine_(engine) { clear(); }
+  ~TaskList() { clear(); }
+  TaskList(const TaskList&) = delete;
+  TaskList& operator=(const TaskList&) = delete;
+
+  void clear() {
+    engine_.tasks_.clear();
+    engine_.held_.clear();
+  }
+
+ private:
+  Engine& engine_;
+};
+
+// Sorted by expert, a token's own in the order of its slots.
+void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
+  visits_.clear();
+  for (std::uint64_t i = 0; i < tokens * routing.k; ++i) {
+    const std::int64_t expert = routing.experts[i];
+    if (expert < 0) throw std::invalid_argument("an expert's number is negative");
+    if (static_cast<std::uint64_t>(expert) < routing.num_experts)
+      visits_.push_back({static_cast<std::uint64_t>(expert), i / routing.k, routing.weights[i]});
+  }
+  std::stable_sort(visits_.begin(), visits_.end(),
+                   [](const Visit& a, const Visit& b) { return a.expert < b.expert; });
+  distinct_.clear();
+  for (const Visit& visit : visits_)
+    if (distinct_.empty() || distinct_.back() != visit.expert) distinct_.push_back(visit.expert);
+}
+
+void Engine::begin_total(std::uint64_t hidden, std::uint64_t tokens) {
+  std::memset(grown<float>(total_, hidden * tokens), 0, hidden * tokens * sizeof(float));
+}
+
+void Engine::round_total(std::uint64_t hidden, std::uint64_t tokens, std::uint16_t* y,
+                         std::ptrdiff_t stride) {
+  const auto* total = reinterpret_cast<const float*>(total_.data());
+  pool_->run(tokens, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t t = begin; t < end; ++t)
+      dot_.round(total + t * hidden, hidden, nullptr, y + static_cast<std::ptrdiff_t>(t) * stride);
+  });
+}
+
+void Engine::experts(ExpertCache& cache, std::uint64_t layer, const Routing& routing, Gate kind,
+                     const Input& x, std::uint16_t* y, std::ptrdiff_t stride) {
+  const Turn turn(*this);
+  list_visits(routing, x.count);
+  cache.prefetch(layer, distinct_);
+  if (visits_.empty()) {
+    for (std::uint64_t t = 0; t < x.count; ++t)
+      std::fill_n(y + static_cast<std::ptrdiff_t>(t) * stride, stride, std::uint16_t{0});
+    return;
+  }
+  const std::uint64_t expert = distinct_.front();
+  const std::uint64_t hidden =
+      cache.spec(layer, expert, cache.num_matrices(layer, expert) - 1).rows;
+  begin_total(hidden, x.count);
+  TaskList tasks(*this);
+  run_experts(cache, layer, kind, x, tasks);
+  round_total(hidden, x.count, y, stride);
+}
+
+void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
+                 std::uint16_t* y, std::ptrdiff_t stride) {
+  const Turn turn(*this);
+  const std::uint64_t hidden = block.router->columns();
+  const Columns columns = ready_columns(x, hidden, block_columns_);
+  list_visits(route(block, columns), x.count);
+  cache.prefetch(layer, distinct_);
+  begin_total(hidden, x.count);
+  TaskList tasks(*this);
+  if (block.shared) {
+    // It comes first: while it is multiplied, others are read.
+    tasks_.push_back({*block.shared, block.gate_of_shared});
+    tasks_.back().x = columns;
+    tasks_.back().visits = shared_visits_;
+  }
+  run_experts(cache, layer, block.gate, x, tasks);
+  round_total(hidden, x.count, y, stride);
+}
+
+// Logits of all tokens, what they choose, and how much the shared expert weighs for each.
+Routing Engine::route(const MoeBlock& block, const Columns& x) {
+  const RouterRule& rule = block.rule;
+  const std::uint64_t experts = rule.num_experts;
+  auto* logits = grown<float>(logits_, experts * x.count);
+  shared_visits_.resize(x.count);
+  for (std::uint64_t t = 0; t < x.count; ++t) shared_visits_[t] = {0, t, 1.0F};
+  const auto keep = [&](std::size_t m, const float* values, std::uint64_t begin, std::uint64_t rows,
+                        std::uint32_t c) {
+    if (m == 0)
+      std::copy_n(values, rows, logits + c * experts + begin);
+    else
+      shared_visits_[c].weight = 1.0F / (1.0F + exp_of(-values[0]));
+  };
+  if (block.shared_gate != nullptr)
+    products(std::array{block.router, block.shared_gate}, x, keep);
+  else
+    products(std::array{block.router}, x, keep);
+  chosen_.resize(x.count * rule.k);
+  weights_.resize(x.count * rule.k);
+  pool_->run(x.count, kPieceTokens, [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t t = begin; t < end; ++t)
+      routers_[thread].choose(rule, logits + t * experts, &chosen_[t * rule.k],
+                              &weights_[t * rule.k]);
+  });
+  return {chosen_.data(), weights_.data(), rule.k, experts};
+}
+
+// Runs what `tasks` holds already and all visits, in their order.
+void Engine::run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
+                         TaskList& tasks) {
+  auto first = visits_.begin();
+  do {
+    std::uint64_t columns = 0;
+    while (first != visits_.end()) {
+      const auto last = std::find_if(
+          first, visits_.end(), [&](const Visit& visit) { return visit.expert != first->expert; });
+      const std::span<const Visit> visits(first, last);
+      columns += visits.size();
+      const bool may_join = columns <= kColumnsTogether && tasks_.size() < kTasksTogether;
+      if (!tasks_.empty() && !may_join) break;
+      if (!take_expert(cache, layer, kind, visits)) break;
+      first = last;
+      if (decodes_) break;
+    }
+    gather_columns(x);
+    run_tasks(cache, layer);
+    tasks.clear();
+  } while (first != visits_.end());
+}
+
+// Makes a task of an expert. It waits for the expert only if there is nothing else to do; says
+// whether there is a task.
+bool Engine::take_expert(ExpertCache& cache, std::uint64_t layer, Gate kind,
+                         std::span<const Visit> visits) {
+  const std::uint64_t expert = visits.front().expert;
+  const std::size_t n = cache.num_matrices(layer, expert);
+  decodes_ = false;
+  for (std::size_t matrix = 0; matrix < n; ++matrix)
+    decodes_ =
+        decodes_ || !PackedMatrix::is_multiplied_packed(cache.spec(layer, expert, matrix).codec);
+  if (tasks_.empty())
+    held_.push_back({cache.acquire(layer, expert), {}});
+  else if (decodes_)
+    return false;  // its weights go where those of others would
+  else if (std::optional<Lease> lease = cache.try_acquire(layer, expert))
+    held_.push_back({std::move(*lease), {}});
+  else
+    return false;
+  Held& held = held_.back();
+  const auto take = [&](std::size_t matrix) {
+    try {
+      return &held.matrices[matrix % 3].emplace(packed(cache, held.lease, layer, expert, matrix));
+    } catch (const CorruptError& error) {
+      throw error.layer ? error : cache.located(error, layer, expert, matrix);
+    }
+  };
+  const PackedMatrix* gate = n == 3 ? take(0) : nullptr;
+  const PackedMatrix* up = take(n - 2);
+  tasks_.push_back({{gate, up, take(n - 1)}, kind});
+  tasks_.back().visits = visits;
+  tasks_.back().is_routed = true;
+  return true;
+}
+
+// The columns of each task, side by side.
+void Engine::gather_columns(const Input& x) {
+  std::uint64_t size = 0;
+  for (const GatedTask& task : tasks_)
+    size += task.visits.size() * column_stride(task.matrices.up->columns());
+  auto* to = grown<std::uint16_t>(columns_, size + kGroupWeights);
+  to = aligned(to);
+  for (GatedTask& task : tasks_) {
+    if (!task.is_routed) continue;  // has its columns
+    const std::uint64_t weights = task.matrices.up->columns(), padded = column_stride(weights);
+    task.x = {to, static_cast<std::ptrdiff_t>(padded),
+              static_cast<std::uint32_t>(task.visits.size())};
+    for (const Visit& visit : task.visits) {
+      std::memcpy(to, x.data + static_cast<std::ptrdiff_t>(visit.token) * x.stride,
+                  weights * sizeof *to);
+      std::fill(to + weights, to + padded, std::uint16_t{0});
+      to += padded;
+    }
+  }
+}
+
+void Engine::run_tasks(const ExpertCache& cache, std::uint64_t layer) {
+  const auto at_work = [&](const GatedTask& task, std::size_t matrix, const auto& work) {
+    try {
+      work();
+    } catch (const CorruptError& error) {
+      if (!task.is_routed) throw;
+      throw cache.located(error, layer, task.visits.front().expert, matrix);
+    }
+  };
+  multiply_inner(tasks_, at_work);
+  add_outer(at_work);
+}
+
+// Adds `weight * down inner` to the totals of the tokens, each row by one thread, task by task.
+template <class AtWork>
+void Engine::add_outer(const AtWork& at_work) {
+  const std::uint64_t hidden = tasks_.front().matrices.down->rows();
+  std::uint64_t unit = 1, weights = 0;
+  for (const GatedTask& task : tasks_) {
+    unit = std::lcm(unit, task.matrices.down->row_unit());
+    weights += task.matrices.down->columns();
+  }
+  auto* total = reinterpret_cast<float*>(total_.data());
+  pool_->run(hidden, piece_rows(unit, weights),
+             [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
+               Multiplier& multiplier = *multipliers_[thread];
+               const std::uint64_t rows = end - begin;
+               for (const GatedTask& task : tasks_) {
+                 float* values = multiplier.values(0, rows * task.inner.count);
+                 at_work(task, task.last_matrix(), [&] {
+                   multiplier.rows(*task.matrices.down, begin, end, task.inner, values,
+                                   static_cast<std::ptrdiff_t>(rows));
+                 });
+                 for (std::uint32_t c = 0; c < task.inner.count; ++c) {
+                   const Visit& visit = task.visits[c];
+                   dot_.weigh(values + c * rows, rows, visit.weight,
+                              total + visit.token * hidden + begin);
+                 }
+               }
+             });
+}
+
+}  // namespace zipmoe

@@ -64,7 +64,8 @@ class GrowingLayer(DynamicLayer):
             shapes = (key_shape, value_shape)
             self._rooms = [self._room(old, new) for old, new in zip(held, shapes, strict=True)]
         begin = held[0].shape[-2] if held[0].numel() else 0
-        self.keys, self.values = (room[:, :, : begin + more] for room in self._rooms)
+        keys, values = self._rooms
+        self.keys, self.values = keys.narrow(2, 0, begin + more), values.narrow(2, 0, begin + more)
         return begin
 
     def _holds(self, held: tuple[torch.Tensor, torch.Tensor], more: int) -> bool:
@@ -72,13 +73,17 @@ class GrowingLayer(DynamicLayer):
 
         It does not after something else than `update` has made new keys and values.
         """
-        return len(self._rooms) == len(held) and all(
-            room.data_ptr() == tensor.data_ptr()
-            and room.shape[:2] == tensor.shape[:2]
-            and tensor.stride() == room.stride()
-            and tensor.shape[-2] + more <= room.shape[-2]
-            for room, tensor in zip(self._rooms, held, strict=True)
-        )
+        # Every attribute counts here, as in zipmoe.norm.
+        for room, tensor in zip(self._rooms, held, strict=False):
+            shape, wide = tensor.shape, room.shape
+            if (
+                room.data_ptr() != tensor.data_ptr()
+                or shape[:2] != wide[:2]
+                or shape[-2] + more > wide[-2]
+                or tensor.stride() != room.stride()
+            ):
+                return False
+        return bool(self._rooms)
 
     @staticmethod
     def _room(old: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -1,5 +1,5 @@
-// Attention and MoE blocks for Python. Matrices are kept alive here, tensors by whoever gives their
-// addresses (zipmoe.blocks).
+// Attention and MoE blocks and layers for Python. Matrices are kept alive here, tensors by whoever
+// gives their addresses (zipmoe.blocks).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -27,10 +27,10 @@ namespace {
 template <class Block>
 struct Held {
   Block block;
-  std::vector<nb::object> matrices;
+  std::vector<nb::object> parts;  // what the block points to
 
   const PackedMatrix* hold(const nb::object& matrix) {
-    matrices.push_back(matrix);
+    parts.push_back(matrix);
     return &nb::cast<const HeldMatrix&>(matrix).matrix;
   }
 };
@@ -53,6 +53,27 @@ std::optional<NormRule> norm_of(const std::optional<Norm>& norm) {
 Projection projection_of(HeldAttention& held, const BiasedMatrix& part) {
   const auto& [matrix, bias] = part;
   return {held.hold(matrix), at<const std::uint16_t>(bias)};
+}
+
+using HeldLayer = Held<DecoderLayer>;
+
+// What Python knows of the new tokens and of the cache: see AttentionCall.
+using Step = std::tuple<std::uint64_t, std::uint64_t, Tensor, Tensor, std::uint32_t, Tensor, Tensor,
+                        std::uint64_t, bool, std::optional<Mask>>;
+
+AttentionCall call_of(Address x, const Step& step) {
+  const auto& [batch, queries, cos, sin, rotated, keys, values, begin, causal, mask] = step;
+  return {batch,
+          queries,
+          at<const std::uint16_t>(x),
+          tensor_of<const std::uint16_t>(cos),
+          tensor_of<const std::uint16_t>(sin),
+          rotated,
+          tensor_of<std::uint16_t>(keys),
+          tensor_of<std::uint16_t>(values),
+          begin,
+          causal,
+          mask_of(mask)};
 }
 
 }  // namespace
@@ -83,26 +104,12 @@ static void bind_attention_block(nb::module_& m) {
           "width"_a, "scaling"_a, "query_norm"_a = nb::none(), "key_norm"_a = nb::none())
       .def(
           "run",
-          [](const HeldAttention& self, Engine& engine, std::uint64_t batch, std::uint64_t queries,
-             Address x, const Tensor& cos, const Tensor& sin, std::uint32_t rotated,
-             const Tensor& keys, const Tensor& values, std::uint64_t begin, Address out,
-             bool causal, const std::optional<Mask>& mask) {
-            const AttentionCall call{batch,
-                                     queries,
-                                     at<const std::uint16_t>(x),
-                                     tensor_of<const std::uint16_t>(cos),
-                                     tensor_of<const std::uint16_t>(sin),
-                                     rotated,
-                                     tensor_of<std::uint16_t>(keys),
-                                     tensor_of<std::uint16_t>(values),
-                                     begin,
-                                     causal,
-                                     mask_of(mask)};
+          [](const HeldAttention& self, Engine& engine, Address x, Address out, const Step& step) {
+            const AttentionCall call = call_of(x, step);
             nb::gil_scoped_release release;
             engine.attend(self.block, call, at<std::uint16_t>(out));
           },
-          "engine"_a, "batch"_a, "queries"_a, "x"_a, "cos"_a, "sin"_a, "rotated"_a, "keys"_a,
-          "values"_a, "begin"_a, "out"_a, "causal"_a, "mask"_a = nb::none());
+          "engine"_a, "x"_a, "out"_a, "step"_a);
 }
 
 static void bind_moe_block(nb::module_& m) {
@@ -178,9 +185,36 @@ static void bind_moe_block(nb::module_& m) {
           "engine"_a, "cache"_a, "layer"_a, "x"_a, "tokens"_a, "out"_a);
 }
 
+static void bind_layer(nb::module_& m) {
+  nb::class_<HeldLayer>(m, "DecoderLayer")
+      .def(
+          "__init__",
+          [](HeldLayer* self, const nb::object& attention, const nb::object& moe,
+             const Norm& before_attention, const Norm& before_moe) {
+            HeldLayer held;
+            held.block = {&nb::cast<const HeldAttention&>(attention).block,
+                          &nb::cast<const HeldMoe&>(moe).block, *norm_of(before_attention),
+                          *norm_of(before_moe)};
+            held.parts = {attention, moe};
+            check(held.block);
+            new (self) HeldLayer(std::move(held));
+          },
+          nb::kw_only(), "attention"_a, "moe"_a, "before_attention"_a, "before_moe"_a)
+      .def(
+          "run",
+          [](const HeldLayer& self, Engine& engine, const CacheHandle& cache, std::uint64_t number,
+             Address x, Address out, const Step& step) {
+            const AttentionCall call = call_of(x, step);
+            nb::gil_scoped_release release;
+            engine.run_layer(*cache.get(), number, self.block, call, at<std::uint16_t>(out));
+          },
+          "engine"_a, "cache"_a, "number"_a, "x"_a, "out"_a, "step"_a);
+}
+
 void bind_blocks(nb::module_& m) {
   bind_attention_block(m);
   bind_moe_block(m);
+  bind_layer(m);
 }
 
 }  // namespace zipmoe

@@ -65,6 +65,8 @@ struct DotKernels {
   void (*gate)(Gate kind, const float* gate, const float* up, std::size_t n, std::uint16_t* out);
   // total += weight * value, in FP32, the product rounded first.
   void (*weigh)(const float* values, std::size_t n, float weight, float* total);
+  // out = round(x + more), all BF16; `out` may be one of them.
+  void (*add)(const std::uint16_t* x, const std::uint16_t* more, std::size_t n, std::uint16_t* out);
   // Rotary position embedding of a head's first 2 * half words, in place, cos and sin as many;
   // every product and every sum is rounded to BF16, as torch does.
   void (*rotate)(std::uint16_t* words, const std::uint16_t* cos, const std::uint16_t* sin,

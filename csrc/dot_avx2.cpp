@@ -56,6 +56,7 @@ const DotKernels kAvx2Dot{
     .round = round_values,
     .gate = gate_values,
     .weigh = weigh_values,
+    .add = add_values,
     .rotate = rotate_values,
 };
 

@@ -163,6 +163,7 @@ constexpr DotKernels avx512_kernels() {
       .round = round_values,
       .gate = gate_values,
       .weigh = weigh_values,
+      .add = add_values,
       .rotate = rotate_values,
   };
 }

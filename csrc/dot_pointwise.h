@@ -65,6 +65,11 @@ void round_values(const float* values, std::size_t n, const std::uint16_t* bias,
     for (std::size_t i = 0; i < n; ++i) out[i] = to_bf16(values[i] + from_bf16(bias[i]));
 }
 
+void add_values(const std::uint16_t* x, const std::uint16_t* more, std::size_t n,
+                std::uint16_t* out) {
+  for (std::size_t i = 0; i < n; ++i) out[i] = to_bf16(from_bf16(x[i]) + from_bf16(more[i]));
+}
+
 inline float round_to_bf16(float value) { return from_bf16(to_bf16(value)); }
 
 void rotate_values(std::uint16_t* words, const std::uint16_t* cos, const std::uint16_t* sin,

@@ -47,6 +47,7 @@ const DotKernels kPortableDot{
     .round = round_values,
     .gate = gate_values,
     .weigh = weigh_values,
+    .add = add_values,
     .rotate = rotate_values,
 };
 

@@ -59,6 +59,9 @@ class Engine {
   // Self-attention of new tokens, from their states to what the layer adds to them:
   // y[batch, queries, output rows].
   void attend(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
+  // Both, with the norms before and the sums after them: what the layer makes of call.x.
+  void run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLayer& layer,
+                 const AttentionCall& call, std::uint16_t* y);
   // One product of one expert, rounded to BF16.
   void multiply_expert(ExpertCache& cache, std::uint64_t layer, std::uint64_t expert,
                        std::uint64_t matrix, const Input& x, std::uint16_t* y,
@@ -124,6 +127,13 @@ class Engine {
                       const AtWork& at_work);
   template <class AtWork>
   void add_outer(const AtWork& at_work);
+  void run_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
+               std::uint16_t* y, std::ptrdiff_t stride);
+  void run_attention(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
+  void normalise(const NormRule& rule, const std::uint16_t* x, std::uint64_t rows,
+                 std::uint16_t* out);
+  void add(const std::uint16_t* x, const std::uint16_t* more, std::uint64_t rows,
+           std::uint64_t width, std::uint16_t* out);
   void project(const AttentionBlock& block, const Columns& x);
   void place_heads(const AttentionBlock& block, const AttentionCall& call);
   PackedMatrix packed(ExpertCache& cache, const Lease& lease, std::uint64_t layer,
@@ -146,6 +156,7 @@ class Engine {
   bool decodes_ = false;    // the latest expert's weights are decoded before they are multiplied
   Buffer columns_, block_columns_, inner_, total_, decoded_[3], logits_;
   Buffer heads_[3], attended_;  // queries, keys and values of new tokens; what attention gives
+  Buffer normed_, change_;      // states before and after a half of a layer
   std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// Attention of a decoder layer in one call; the other half is in engine_experts.cpp.
+// Attention, and a decoder layer, in one call; the other half of a layer is in engine_experts.cpp.
 #include <algorithm>
 #include <stdexcept>
 #include <utility>
@@ -47,8 +47,53 @@ void check(const MoeBlock& block) {
             "the gate of a shared expert does not fit");
 }
 
+void check(const DecoderLayer& layer) {
+  const std::uint64_t hidden = layer.moe->router->columns();
+  require(layer.attention->query.weights->columns() == hidden &&
+              layer.attention->output.weights->rows() == hidden &&
+              layer.before_attention.width == hidden && layer.before_moe.width == hidden,
+          "the parts of a layer do not fit");
+}
+
+void Engine::run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLayer& layer,
+                       const AttentionCall& call, std::uint16_t* y) {
+  const Turn turn(*this);
+  const std::uint64_t tokens = call.batch * call.queries, hidden = layer.moe->router->columns();
+  auto* normed = grown<std::uint16_t>(normed_, tokens * hidden);
+  auto* change = grown<std::uint16_t>(change_, tokens * hidden);
+  normalise(layer.before_attention, call.x, tokens, normed);
+  AttentionCall inside = call;
+  inside.x = normed;
+  run_attention(*layer.attention, inside, change);
+  add(call.x, change, tokens, hidden, y);
+  normalise(layer.before_moe, y, tokens, normed);
+  const auto stride = static_cast<std::ptrdiff_t>(hidden);
+  run_moe(cache, number, *layer.moe, {normed, stride, tokens}, change, stride);
+  add(y, change, tokens, hidden, y);
+}
+
+void Engine::normalise(const NormRule& rule, const std::uint16_t* x, std::uint64_t rows,
+                       std::uint16_t* out) {
+  const NormRow row = norm_row(isa_);
+  pool_->run(rows, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t r = begin; r < end; ++r) row(x + r * rule.width, rule, out + r * rule.width);
+  });
+}
+
+void Engine::add(const std::uint16_t* x, const std::uint16_t* more, std::uint64_t rows,
+                 std::uint64_t width, std::uint16_t* out) {
+  pool_->run(rows, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
+    dot_.add(x + begin * width, more + begin * width, (end - begin) * width, out + begin * width);
+  });
+}
+
 void Engine::attend(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y) {
   const Turn turn(*this);
+  run_attention(block, call, y);
+}
+
+void Engine::run_attention(const AttentionBlock& block, const AttentionCall& call,
+                           std::uint16_t* y) {
   const std::uint64_t tokens = call.batch * call.queries, width = block.width;
   const std::uint64_t hidden = block.query.weights->columns(), inner = block.heads * width;
   const auto stride = [](std::uint64_t n) { return static_cast<std::ptrdiff_t>(n); };
@@ -93,8 +138,8 @@ void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call)
   const NormRow norm_row_of = norm_row(isa_);
   const std::uint64_t width = block.width;
   const auto at = [](std::uint64_t n) { return static_cast<std::ptrdiff_t>(n); };
-  const auto normalise = [&](const std::optional<NormRule>& rule, std::uint16_t* row,
-                             std::uint64_t words) {
+  const auto norm_heads = [&](const std::optional<NormRule>& rule, std::uint16_t* row,
+                              std::uint64_t words) {
     if (!rule) return;
     for (std::uint64_t k = 0; k < words; k += rule->width) norm_row_of(row + k, *rule, row + k);
   };
@@ -112,8 +157,8 @@ void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call)
                  std::uint16_t* queries = row(0, block.heads);
                  std::uint16_t* keys = row(1, block.kv_heads);
                  const std::uint16_t* values = row(2, block.kv_heads);
-                 normalise(block.query_norm, queries, block.heads * width);
-                 normalise(block.key_norm, keys, block.kv_heads * width);
+                 norm_heads(block.query_norm, queries, block.heads * width);
+                 norm_heads(block.key_norm, keys, block.kv_heads * width);
                  for (std::uint64_t h = 0; h < block.heads; ++h) rotate(queries + h * width);
                  for (std::uint64_t h = 0; h < block.kv_heads; ++h) {
                    rotate(keys + h * width);

@@ -90,6 +90,11 @@ void Engine::experts(ExpertCache& cache, std::uint64_t layer, const Routing& rou
 void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
                  std::uint16_t* y, std::ptrdiff_t stride) {
   const Turn turn(*this);
+  run_moe(cache, layer, block, x, y, stride);
+}
+
+void Engine::run_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
+                     std::uint16_t* y, std::ptrdiff_t stride) {
   const std::uint64_t hidden = block.router->columns();
   const Columns columns = ready_columns(x, hidden, block_columns_);
   list_visits(route(block, columns), x.count);

@@ -59,8 +59,16 @@ struct MoeBlock {
   const PackedMatrix* shared_gate = nullptr;
 };
 
+// A decoder layer: x + attention(norm(x)), then the same with the experts.
+struct DecoderLayer {
+  const AttentionBlock* attention;
+  const MoeBlock* moe;
+  NormRule before_attention, before_moe;
+};
+
 // Throw std::invalid_argument where the parts do not fit each other.
 void check(const AttentionBlock& block);
 void check(const MoeBlock& block);
+void check(const DecoderLayer& layer);
 
 }  // namespace zipmoe

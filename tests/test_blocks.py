@@ -15,9 +15,11 @@ from transformers import StaticCache
 
 import zipmoe
 from zipmoe import _core
-from zipmoe._forwards import ATTENTIONS, MOE_BLOCKS, ROUTERS, fingerprint
-from zipmoe.blocks import NativeAttention, NativeBlock, NativeMoe
+from zipmoe._forwards import ATTENTIONS, LAYERS, MOE_BLOCKS, ROUTERS, fingerprint
+from zipmoe._native_block import NativeBlock
+from zipmoe.blocks import NativeAttention, NativeMoe
 from zipmoe.kv import GrowingLayer
+from zipmoe.layers import NativeLayer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +52,11 @@ def blocks(model: nn.Module, kind: type[Any]) -> list[Any]:
 
 def part_by_part(model: nn.Module, kind: type[Any], ids: torch.Tensor) -> torch.Tensor:
     """Logits where blocks of a kind do what transformers wrote."""
-    kept = [(block, block.native) for block in blocks(model, kind)]
+    kept = [
+        (block, block.native)
+        for block in blocks(model, NativeBlock)
+        if isinstance(block, kind | NativeLayer)
+    ]
     for block, _ in kept:
         block.native = None
     logits = alone(model, ids)
@@ -60,7 +66,9 @@ def part_by_part(model: nn.Module, kind: type[Any], ids: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("name", [*BOTH, *MOE_ONLY])
-def test_a_layer_is_two_calls_and_its_bits_depend_on_nothing_else(name: str, stores: Any) -> None:
+def test_a_layer_is_one_call_or_two_and_its_bits_depend_on_nothing_else(
+    name: str, stores: Any
+) -> None:
     with zipmoe.load(stores(name), memory="64GB") as loaded:
         model, engine = loaded.model, loaded.runtime.source.engine
         layers = model.config.get_text_config().num_hidden_layers
@@ -76,9 +84,19 @@ def test_a_layer_is_two_calls_and_its_bits_depend_on_nothing_else(name: str, sto
         whole = grows and len(attentions) == len(moes) == layers
         assert whole or name not in {"qwen2_moe", "qwen3_moe"}
         if whole:
-            assert engine.counters()["calls"] - before == 2 * layers + 2  # embedding and head
+            calls = layers if blocks(model, NativeLayer) else 2 * layers
+            assert engine.counters()["calls"] - before == calls + 2  # embedding and head
             assert loaded.runtime.engaged()["in_parts"] == "nothing"
         assert dependencies(model) == []
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_layer_in_one_call_gives_the_bits_of_its_halves(name: str, stores: Any) -> None:
+    with zipmoe.load(stores(name), memory="64GB") as loaded:
+        ids = prompts(loaded.model, 1)[0]
+        expected = alone(loaded.model, ids)
+        assert bool(blocks(loaded.model, NativeLayer)) == (name != "granitemoe")
+        assert torch.equal(part_by_part(loaded.model, NativeLayer, ids), expected)
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -267,7 +285,7 @@ def test_every_known_code_is_that_of_a_family_and_another_code_is_unknown() -> N
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         kinds = [kind for _, kind in inspect.getmembers(module, inspect.isclass)]
         known |= {fingerprint(kind) for kind in kinds if issubclass(kind, nn.Module)}
-    assert {*ATTENTIONS, *MOE_BLOCKS, *ROUTERS} <= known
+    assert {*ATTENTIONS, *LAYERS, *MOE_BLOCKS, *ROUTERS} <= known
 
     class Same(nn.Module):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -338,7 +338,12 @@ def rms_norm(
     weight: BF16 or FP32 (wide), 0 for the plain kind. Bits are the same on every instruction set.
     """
 
-_Strided: TypeAlias = tuple[int, tuple[int, ...]]  # address, and strides in elements
+# What attention must know of new tokens: batch, queries; cos, sin, strides of batch, head (0) and
+# token, and how many words of a head they turn; the cache's keys and values, strides of batch, head
+# and token, and the number of old tokens, behind which new ones go; causal and mask as in
+# `Attention.run`.
+_Step: TypeAlias = tuple[Any, ...]
+_Norm: TypeAlias = tuple[NormKind, float, int, int, bool]
 
 class AttentionBlock:
     """Self-attention with rotary position embeddings, run in one call.
@@ -360,30 +365,13 @@ class AttentionBlock:
         kv_heads: int,
         width: int,
         scaling: float,
-        query_norm: tuple[NormKind, float, int, int, bool] | None = None,
-        key_norm: tuple[NormKind, float, int, int, bool] | None = None,
+        query_norm: _Norm | None = None,
+        key_norm: _Norm | None = None,
     ) -> None: ...
-    def run(
-        self,
-        engine: Engine,
-        batch: int,
-        queries: int,
-        x: int,
-        cos: _Strided,
-        sin: _Strided,
-        rotated: int,
-        keys: _Strided,
-        values: _Strided,
-        begin: int,
-        out: int,
-        causal: bool,
-        mask: tuple[int, tuple[int, ...], str] | None = None,
-    ) -> None:
+    def run(self, engine: Engine, x: int, out: int, step: _Step) -> None:
         """Attend to what the cache holds and to the new tokens, which are written into it.
 
-        x, out: BF16 [batch, queries, .] without gaps. cos, sin: of the first `rotated` words of a
-        head, strides of batch, head (0) and token. keys, values: the cache, strides of batch, head
-        and token; new tokens go behind `begin` old ones. causal, mask: as in `Attention.run`.
+        x, out: BF16 [batch, queries, .] without gaps.
         """
 
 class RouterScore:
@@ -442,3 +430,19 @@ class MoeBlock:
         self, engine: Engine, cache: ExpertCache, layer: int, x: int, tokens: int, out: int
     ) -> None:
         """BF16 x, out [tokens, hidden] without gaps; the sum over experts is rounded once."""
+
+class DecoderLayer:
+    """x + attention(norm(x)), then the same with the experts, run in one call."""
+
+    def __init__(
+        self,
+        *,
+        attention: AttentionBlock,
+        moe: MoeBlock,
+        before_attention: _Norm,
+        before_moe: _Norm,
+    ) -> None: ...
+    def run(
+        self, engine: Engine, cache: ExpertCache, number: int, x: int, out: int, step: _Step
+    ) -> None:
+        """BF16 x and out [batch, queries, hidden], without gaps, not the same memory."""

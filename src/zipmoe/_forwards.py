@@ -1,8 +1,9 @@
 """What a module's forward does, by its code: the families of transformers share most of theirs.
 
 A module may be run in another way only if its code is known word for word, with the functions of
-its own file that it calls. `fingerprint` makes one name of that; `ATTENTIONS`, `MOE_BLOCKS` and
-`ROUTERS` say what each known one computes. An unknown one runs as transformers wrote it.
+its own file that it calls. `fingerprint` makes one name of that; `ATTENTIONS`, `MOE_BLOCKS`,
+`LAYERS` and `ROUTERS` say what each known one computes. An unknown one runs as transformers wrote
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from zipmoe._core import GroupScore, RouterScore
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ATTENTIONS", "MOE_BLOCKS", "ROUTERS", "MoeForward", "fingerprint"]
+__all__ = ["ATTENTIONS", "LAYERS", "MOE_BLOCKS", "ROUTERS", "MoeForward", "fingerprint"]
 
 _DIGITS = 16
 
@@ -99,6 +100,13 @@ MOE_BLOCKS = {
     "a32c450b0121f1f3": MoeForward(),  # OlmoeSparseMoeBlock
     "c6866b29ff06b220": MoeForward(shared="shared_experts"),  # DeepseekV3MoE
     "6e2e6947de01bec2": MoeForward(router="router"),  # GraniteMoeMoE
+}
+
+
+# x + self_attn(input_layernorm(x)), then the same with post_attention_layernorm and mlp.
+LAYERS = {
+    "f634ba73a07f0b8d",  # Qwen2MoeDecoderLayer, and those of thirty others
+    "4956a53a8ffe1928",  # MixtralDecoderLayer
 }
 
 

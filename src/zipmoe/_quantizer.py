@@ -23,7 +23,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from zipmoe import _core, attention, budget, footprint, kv, packed
 from zipmoe._errors import MismatchError, ZipmoeError
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
-from zipmoe.blocks import NativeBlock, replace_blocks
 from zipmoe.dense import PADDING, DenseFile
 from zipmoe.experts import (
     IMPLEMENTATION,
@@ -35,6 +34,7 @@ from zipmoe.experts import (
     runs_in_one_call,
 )
 from zipmoe.gated import replace_gated
+from zipmoe.layers import replace_blocks
 from zipmoe.norm import replace_norms
 from zipmoe.packed import PackedDense
 from zipmoe.store import open_store
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+
+    from zipmoe._native_block import NativeBlock
 
 __all__ = ["METHOD", "LoadOptions", "Runtime", "ZipmoeConfig", "ZipmoeQuantizer", "loading"]
 
@@ -103,8 +105,8 @@ class Runtime:
         self.source, self.report, self.context = source, report, context
         self.folder, self.codec = str(store.path), dict(store.manifest.codec)
         self.dense = PackedDense()
-        self.blocks: list[NativeBlock] = []  # attention and MoE blocks that run in one call
-        self.in_parts: list[str] = []  # classes of those that do not
+        self.blocks: list[NativeBlock] = []  # what runs in one call each
+        self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
         self.compute = "torch" if source.engine is None else "native"
 
     @property

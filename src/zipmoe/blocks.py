@@ -1,16 +1,13 @@
 """The two halves of a decoder layer, attention and MoE, in one call of the engine each.
 
-`replace_blocks` finds modules whose code is known (`_forwards`) and whose parts are what the core
-can run, and puts native ones in their places: subclasses of the same class, with the same parts
-under the same names. What such a module cannot do in one call (gradients, a foreign cache, parts
-that somebody has changed or hooked) it does as transformers wrote it, part by part. Attention gives
-the same bits either way; an MoE block rounds once where it runs in one call.
+`native_attention` and `native_moe` take modules whose code is known (`_forwards`) and whose parts
+are what the core can run. Attention gives the same bits in one call as part by part; an MoE block
+rounds once where it runs in one call.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,79 +15,20 @@ from torch import nn
 from zipmoe import _core, _expert_engine, attention, experts
 from zipmoe._expert_source import ExpertMatrix, ExpertSource
 from zipmoe._forwards import ATTENTIONS, MOE_BLOCKS, ROUTERS, MoeForward, fingerprint
+from zipmoe._native_block import NativeBlock, in_place_of, takes
 from zipmoe.gated import GatedBlock
 from zipmoe.kv import GrowingLayer
 from zipmoe.linear import PackedWeight
 from zipmoe.norm import RMSNorm
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-__all__ = ["NativeAttention", "NativeBlock", "NativeMoe", "replace_blocks"]
-
-# Hooks of transformers that only look at what a module gives.
-_LOOKING = "transformers.utils.output_capturing"
-
-
-class NativeBlock(nn.Module):
-    """What the native forms of both halves share: the core's block, and what it was made of."""
-
-    native: Any = None  # None: it has been closed
-    _parts: tuple[tuple[dict[str, Any], str, nn.Module, Any], ...] = ()
-    _tensors: tuple[tuple[dict[str, Any], str, int], ...] = ()
-
-    def made_of(self, native: Any, names: Iterable[str]) -> None:
-        """Remember the core's block, and the parts and tensors that it refers to."""
-        owners = [(self, name, getattr(self, name)) for name in names]
-        owners += [
-            (module, name, child)
-            for _, _, part in owners
-            for module in part.modules()
-            for name, child in module.named_children()
-        ]
-        self.native = native
-        self._parts = tuple(
-            (owner._modules, name, part, vars(part).get("weight")) for owner, name, part in owners
-        )
-        self._tensors = tuple(
-            (tensors, name, tensor.data_ptr())
-            for _, _, part in owners
-            for tensors in (part._parameters, part._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        )
-
-    def close(self) -> None:
-        """Give back the weights."""
-        self.native = None
-
-    def _is_intact(self) -> bool:
-        """Tell whether the parts are still those that the core's block was made of."""
-        for modules, name, part, weight in self._parts:
-            if modules.get(name) is not part or part.__dict__.get("weight") is not weight:
-                return False
-            if (part._forward_hooks or part._forward_pre_hooks) and not _only_looked_at(part):
-                return False
-        for tensors, name, address in self._tensors:
-            tensor = tensors.get(name)
-            if tensor is None or tensor.data_ptr() != address:
-                return False
-        return self.native is not None and not self.training
-
-
-def _only_looked_at(part: nn.Module) -> bool:
-    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-    return all(getattr(hook, "__module__", "") == _LOOKING for hook in hooks)
-
-
-def _takes(x: torch.Tensor) -> bool:
-    """Tell whether the core can compute with these states."""
-    return (
-        x.dtype is torch.bfloat16
-        and x.is_cpu
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-    )
+__all__ = [
+    "NativeAttention",
+    "NativeMoe",
+    "experts_of",
+    "native_attention",
+    "native_moe",
+    "norm_rule",
+]
 
 
 class NativeAttention(NativeBlock):
@@ -110,18 +48,14 @@ class NativeAttention(NativeBlock):
         **kwargs: Any,
     ) -> Any:
         """Attend, as the class does that this one stands for."""
-        layer = _growing_layer(past_key_values, self.layer_idx)
-        call = (
-            self._run(hidden_states, position_embeddings, attention_mask, layer)
-            if layer is not None
-            and self._is_intact()
-            and _takes(hidden_states)
-            and not _asks_more(kwargs)
-            and self.config._attn_implementation == attention.IMPLEMENTATION
-            else None
-        )
-        if call is not None:
-            return call, None
+        x = hidden_states
+        if self.is_intact() and takes(x):
+            step = self.step(x, position_embeddings, attention_mask, past_key_values, kwargs)
+            if step is not None:
+                x = x.contiguous()
+                out = torch.empty(*x.shape[:-1], self.heads[3], dtype=torch.bfloat16)
+                self.native.run(self.engine, x.data_ptr(), out.data_ptr(), step)
+                return out, None
         return super().forward(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
@@ -130,41 +64,50 @@ class NativeAttention(NativeBlock):
             **kwargs,
         )
 
-    def _run(
-        self, x: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, layer: GrowingLayer
-    ) -> torch.Tensor | None:
-        """Run it natively: [batch, queries, hidden] to the same; None where the core cannot."""
-        batch, queries, _ = x.shape
-        heads, kv_heads, width, outputs = self.heads
-        rotations = _rotations(embeddings, batch, width)
-        held = layer.get_seq_length()
-        is_causal = mask is None and queries > 1
-        if rotations is None or (is_causal and held) or not _is_known_mask(mask):
+    def step(
+        self,
+        x: torch.Tensor,
+        embeddings: Any,
+        mask: torch.Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, ...] | None:
+        """Make room in the cache for the tokens of x [batch, queries, hidden].
+
+        Returns what the core must know of them, None where it cannot do it.
+        """
+        layer = _growing_layer(cache, self.layer_idx)
+        if (
+            layer is None
+            or _asks_more(kwargs)
+            or self.config._attn_implementation != attention.IMPLEMENTATION
+        ):
             return None
-        x = x.contiguous()
+        batch, queries, _ = x.shape
+        heads, kv_heads, width, _ = self.heads
+        rotations = _rotations(embeddings, batch, width)
+        is_causal = mask is None and queries > 1
+        if (
+            rotations is None
+            or (is_causal and layer.get_seq_length())
+            or not (mask is None or (mask.dim() == 4 and mask.dtype in attention.MASK_TYPES))
+        ):
+            return None
         shape = (batch, kv_heads, queries, width)
         begin = layer.extend(shape, shape, x)
         keys, values = layer.keys, layer.values
-        out = torch.empty(batch, queries, outputs, dtype=torch.bfloat16)
-        cos, sin, rotated = rotations
-        self.native.run(
-            self.engine,
+        if mask is not None:
+            mask = attention.mask_strides(mask, (batch, heads, queries, begin + queries))
+        return (
             batch,
             queries,
-            x.data_ptr(),
-            cos,
-            sin,
-            rotated,
+            *rotations,
             (keys.data_ptr(), keys.stride()[:3]),
             (values.data_ptr(), values.stride()[:3]),
             begin,
-            out.data_ptr(),
             is_causal,
-            None
-            if mask is None
-            else attention.mask_strides(mask, (batch, heads, queries, begin + queries)),
+            mask,
         )
-        return out
 
 
 def _growing_layer(cache: Any, number: int) -> GrowingLayer | None:
@@ -199,10 +142,6 @@ def _rotations(embeddings: Any, batch: int, width: int) -> Any:
     return (*found, embeddings[0].shape[2])
 
 
-def _is_known_mask(mask: torch.Tensor | None) -> bool:
-    return mask is None or (mask.dim() == 4 and mask.dtype in attention.MASK_TYPES)
-
-
 class NativeMoe(NativeBlock):
     """Router, shared expert and routed experts in one call, rounded once."""
 
@@ -215,8 +154,7 @@ class NativeMoe(NativeBlock):
     def forward(self, hidden_states: torch.Tensor) -> Any:
         """Run it: [..., hidden] to the same."""
         x = hidden_states
-        chosen = self.experts.config._experts_implementation
-        if not self._is_intact() or not _takes(x) or chosen != experts.IMPLEMENTATION:
+        if not self.is_intact() or not takes(x) or not self.is_chosen():
             return super().forward(x)
         router: Any = self._modules[self.router_name]
         if router._forward_hooks:
@@ -229,44 +167,14 @@ class NativeMoe(NativeBlock):
         )
         return out
 
-
-def replace_blocks(model: nn.Module) -> tuple[list[NativeBlock], list[nn.Module]]:
-    """Put native blocks in the places of those that can be run in one call.
-
-    Norms and gated blocks must have been replaced before. Returns the new blocks, and the modules
-    of the same kinds that run part by part.
-    """
-    replaced: list[NativeBlock] = []
-    left: list[nn.Module] = []
-    for name, module in list(model.named_modules()):
-        is_attention = type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
-        if not is_attention and _experts_of(module) is None:
-            continue
-        native = _native_attention(module) if is_attention else _native_moe(module)
-        if native is None:
-            left.append(module)
-            continue
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, native)
-        replaced.append(native)
-    return replaced, left
+    def is_chosen(self) -> bool:
+        """Tell whether the model's experts are still to be run by zipmoe."""
+        chosen: bool = self.experts.config._experts_implementation == experts.IMPLEMENTATION
+        return chosen
 
 
-@functools.cache
-def _class_of(kind: Any, native: Any) -> Any:
-    return type(f"Native{kind.__name__}", (native, kind), {"__module__": __name__})
-
-
-def _in_place_of(module: nn.Module, native: Any) -> Any:
-    """Make a module of the native class that shares everything with the one it stands for."""
-    own: Any = type(module)
-    kind = _class_of(own, native)
-    block = kind.__new__(kind)
-    block.__dict__ = module.__dict__
-    return block
-
-
-def _native_attention(module: Any) -> NativeAttention | None:
+def native_attention(module: Any) -> NativeAttention | None:
+    """Make the native form of an attention; None where its code or its parts are not known."""
     has_norms = ATTENTIONS.get(fingerprint(type(module)), lambda _: None)(module)
     parts: list[Any] = [getattr(module, f"{part}_proj", None) for part in "qkvo"]
     if has_norms is None or not module.is_causal or not all(map(_is_packed_linear, parts)):
@@ -276,10 +184,10 @@ def _native_attention(module: Any) -> NativeAttention | None:
         return None
     query, key, value, output = ((part.weight.matrix, _address(part.bias)) for part in parts)
     width = module.head_dim
-    block: NativeAttention = _in_place_of(module, NativeAttention)
+    block: NativeAttention = in_place_of(module, NativeAttention)
     block.heads = (query[0].rows // width, key[0].rows // width, width, output[0].rows)
     block.engine = parts[0].weight.engine
-    query_norm, key_norm = map(_norm, norms) if norms else (None, None)
+    query_norm, key_norm = map(norm_rule, norms) if norms else (None, None)
     native = _core.AttentionBlock(
         query=query,
         key=key,
@@ -310,24 +218,26 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _norm(norm: RMSNorm) -> Any:
+def norm_rule(norm: RMSNorm) -> Any:
+    """Describe a norm to the core."""
     weight = norm.weight
     assert weight is not None
     return norm.kind, norm.eps, weight.numel(), weight.data_ptr(), weight.dtype is torch.float32
 
 
-def _experts_of(module: nn.Module) -> Any:
+def experts_of(module: nn.Module) -> Any:
     """Return the experts module whose parent this one is, if it is one."""
     found = module._modules.get("experts")
     down = getattr(found, "down_proj", None)
     return found if isinstance(down, ExpertMatrix) and hasattr(found, "has_gate") else None
 
 
-def _native_moe(module: Any) -> NativeMoe | None:
+def native_moe(module: Any) -> NativeMoe | None:
+    """Make the native form of an MoE block; None where its code or its parts are not known."""
     form = MOE_BLOCKS.get(fingerprint(type(module)))
     if form is None:
         return None
-    routed = _experts_of(module)
+    routed = experts_of(module)
     router = getattr(module, form.router)
     make_rule = ROUTERS.get(fingerprint(type(router)))
     standin: ExpertMatrix = routed.down_proj
@@ -351,7 +261,7 @@ def _native_moe(module: Any) -> NativeMoe | None:
         gate=gate,
         **shared,
     )
-    block: NativeMoe = _in_place_of(module, NativeMoe)
+    block: NativeMoe = in_place_of(module, NativeMoe)
     block.engine, block.source = standin.source.engine, standin.source
     block.layer = standin.layer.ordinal
     block.router_name = form.router

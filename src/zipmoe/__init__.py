@@ -14,6 +14,7 @@ from zipmoe._errors import (
     MismatchError,
     SpaceError,
     StoreError,
+    TraceError,
     UnsupportedModelError,
     ZipmoeError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MismatchError",
     "SpaceError",
     "StoreError",
+    "TraceError",
     "UnsupportedModelError",
     "ZipmoeError",
     "__version__",

@@ -9,6 +9,7 @@ ZipmoeError
 │  └─ MismatchError           parts of different stores, or made from another checkpoint
 ├─ BudgetError            memory below the floor; says the floor and what fills it
 ├─ SpaceError             not enough disk
+├─ TraceError             a routing trace that is none, or holds too little
 └─ FetchError             I/O failed at run time; carries path, offset, errno
 
 Messages say what, where, and what to do. Nothing is printed and passed over.
@@ -25,6 +26,7 @@ __all__ = [
     "MismatchError",
     "SpaceError",
     "StoreError",
+    "TraceError",
     "UnsupportedModelError",
     "ZipmoeError",
 ]
@@ -96,6 +98,10 @@ class BudgetError(ZipmoeError):
 
 class SpaceError(ZipmoeError):
     """Not enough free disk for what is asked."""
+
+
+class TraceError(ZipmoeError):
+    """A routing trace cannot be used."""
 
 
 class FetchError(ZipmoeError):

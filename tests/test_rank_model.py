@@ -139,8 +139,9 @@ def test_expectations_are_those_of_enumeration():
     law = batch_law(fit_law(random_inclusion(rng, 6, 2)), 2)
     pools = [2, 0, 3]
 
-    def cost(hits, missed):
-        return np.maximum(1.0 * hits[0] + 2.0 * hits[2] ** 2, 3.0 * missed)
+    def cost(activated):
+        hits = np.indices([activated + 1] * 3)
+        return np.maximum(hits[0] + 2 * hits[2] ** 2, 3 * (activated - hits.sum(axis=0)))
 
     mean = square = 0.0
     for chosen, chance in sets_of(law).items():
@@ -167,10 +168,10 @@ def reference_costs(inclusion, k, layers):
     has it but with the true k."""
     law = fit_law(inclusion)
 
-    def cost(hits, missed):
-        full, partial = hits
-        compute = TENSORS * (k - full) / WORKERS * (DECODE + READ * RATIO)
-        read = TENSORS * READ * (missed + partial * RATIO)
+    def cost(activated):
+        full, partial = np.indices([activated + 1] * 2)
+        compute = TENSORS * (activated - full) / WORKERS * (DECODE + READ * RATIO)
+        read = TENSORS * READ * (activated - full - partial * (1 - RATIO))
         return np.maximum(compute, read)
 
     share = MEMORY_BYTES / layers / PLANE_BYTES
@@ -204,7 +205,7 @@ def test_with_the_true_k_the_references_splits_are_the_corrected_ones(
 ):
     """On the traces themselves they are exactly these (`benchmarks/routing.py --traces`).
 
-    Six points of the curve fix them up to what a flat objective leaves open: less than one per cent.
+    Six points of the curve fix them up to what a flat objective leaves open: one per cent.
     """
     costs = reference_costs(published_curve(experts, k, points), k, layers)
     assert costs[split] <= 1.01 * min(costs.values())

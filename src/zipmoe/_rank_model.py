@@ -140,31 +140,42 @@ def hit_law(law: RankLaw, pools: Sequence[int], activated: int) -> NDArray[np.fl
     Array
         [hits in the first pool, hits in the second, ...].
     """
-    joint, first = np.ones(()), 0
-    for pool in pools:
-        heads = number_of_heads(law.coins[first : first + pool])[: activated + 1]
-        joint = np.multiply.outer(joint, heads)
-        first += pool
-    hits = np.indices(joint.shape).sum(axis=0) if pools else np.zeros((), int)
-    rest = number_of_heads(law.coins[first:])
-    missed = activated - hits
+    *heads, rest = _heads_by_pool(law, pools)
+    return _joint(heads, rest, activated) / law.heads[activated]
+
+
+def _heads_by_pool(law: RankLaw, pools: Sequence[int]) -> list[NDArray[np.float64]]:
+    """Laws of the number of heads in each pool, and among the ranks in none."""
+    borders = np.cumsum(pools, dtype=int)
+    return [number_of_heads(coins) for coins in np.split(law.coins, borders)]
+
+
+def _joint(
+    heads: list[NDArray[np.float64]], rest: NDArray[np.float64], activated: int
+) -> NDArray[np.float64]:
+    joint = np.ones(())
+    for pool in heads:
+        joint = np.multiply.outer(joint, pool[: activated + 1])
+    missed = np.full(joint.shape, activated)
+    for hits in np.ogrid[tuple(map(slice, joint.shape))]:
+        missed -= hits
     possible = (missed >= 0) & (missed < len(rest))
-    joint = joint * np.where(possible, rest[np.where(possible, missed, 0)], 0.0)
-    return joint / law.heads[activated]
+    return joint * np.where(possible, rest[np.where(possible, missed, 0)], 0.0)
 
 
 def expectation(
-    law: RankLaw,
-    pools: Sequence[int],
-    cost: Callable[[tuple[NDArray[np.int64], ...], NDArray[np.int64]], NDArray[np.float64]],
+    law: RankLaw, pools: Sequence[int], cost: Callable[[int], NDArray[np.float64]]
 ) -> tuple[float, float]:
-    """Mean and standard deviation of a cost of (hits in each pool, misses), both as arrays."""
+    """Mean and standard deviation of a cost.
+
+    `cost` gives a table for a number of activated experts: [hits in the first pool, ...], each
+    from 0 to that number. Entries with more hits than activated experts do not count.
+    """
+    *heads, rest = _heads_by_pool(law, pools)
     mean = square = 0.0
     for activated in law.support:
-        joint = law.size[activated] * hit_law(law, pools, activated)
-        hits = np.indices(joint.shape)
-        missed = activated - hits.sum(axis=0)
-        value = np.where(missed >= 0, cost(tuple(hits), np.maximum(missed, 0)), 0.0)
+        joint = law.size[activated] / law.heads[activated] * _joint(heads, rest, activated)
+        value = cost(activated)[tuple(map(slice, joint.shape))]
         mean += float((joint * value).sum())
         square += float((joint * value**2).sum())
     return mean, max(square - mean**2, 0.0) ** 0.5

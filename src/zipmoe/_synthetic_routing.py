@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zipmoe.routing import Trace
+from zipmoe.routing import Popularity, Trace, by_recency
 
-__all__ = ["Routing", "synthetic_trace"]
+__all__ = ["Routing", "synthetic_trace", "typical_popularity"]
 
 # Standard deviations of the parts, where the token's own is that of a Gumbel variable (1.28).
 POPULARITY = 0.42
@@ -63,3 +63,10 @@ def synthetic_trace(sizes: Routing, seed: int) -> Trace:
         request=np.repeat(np.arange(sizes.num_requests), len(tokens)),
         tokens=np.tile(tokens, sizes.num_requests),
     )
+
+
+def typical_popularity(num_experts: int, top_k: int) -> Popularity:
+    """Give the popularity to plan with where nothing was recorded."""
+    sizes = Routing(num_experts, 4, top_k, num_requests=4, prompt_tokens=32, decode_tokens=128)
+    inclusion = by_recency(synthetic_trace(sizes, seed=0)).inclusion
+    return Popularity(inclusion, "recency in synthetic routing")

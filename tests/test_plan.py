@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from zipmoe._rank_model import fit_law
-from zipmoe._synthetic_routing import typical_popularity
+from zipmoe._synthetic_routing import Routing, synthetic_trace, typical_popularity
 from zipmoe.budget import MemoryReport
 from zipmoe.plan import (
     HELD,
@@ -17,10 +17,11 @@ from zipmoe.plan import (
     PartSize,
     TierSplit,
     Workload,
+    _coarse_splits,
     expert_task,
     plan_cache,
 )
-from zipmoe.routing import Popularity
+from zipmoe.routing import Popularity, by_recency, recency_ranks
 from zipmoe.schedule import Tier, by_johnson, in_sequence, simulate
 
 WEIGHTS = 2048 * 1408
@@ -199,3 +200,23 @@ def test_popularity_of_another_model_is_refused():
         plan_cache(model(), MACHINE, Popularity(curve(64, 4), "other"), memory(model(), 0.5))
     with pytest.raises(ValueError, match="5"):
         plan_cache(model(), MACHINE, Popularity(curve(60, 5), "other"), memory(model(), 0.5))
+
+
+@pytest.mark.parametrize("codec", ["rank223", "zstd"])
+def test_forecasts_of_splits_agree_with_replaying_another_part_of_the_trace(codec):
+    sizes = model(codec)
+    trace = synthetic_trace(Routing(60, 4, 4, 16, prompt_tokens=32, decode_tokens=64), seed=4)
+    known, unknown = trace.split(0.5, seed=1)
+    expected = LayerModel(sizes, MACHINE, fit_law(by_recency(known).inclusion))
+    ranks = recency_ranks(unknown)
+    room = memory(sizes, 0.5).cache // sizes.layers
+    splits = list(_coarse_splits(expected, room))[::6]
+    forecast = np.array([expected.makespan(split)[0] for split in splits])
+    replayed = np.array([expected.replay(split, ranks) for split in splits])
+    assert np.abs(forecast / replayed - 1).max() < 0.05
+    assert (
+        np.corrcoef(np.argsort(np.argsort(forecast)), np.argsort(np.argsort(replayed)))[0, 1] > 0.95
+    )
+    popularity = by_recency(known)
+    chosen = plan_cache(sizes, MACHINE, popularity, memory(sizes, 0.5)).split
+    assert expected.replay(chosen, ranks) <= 1.03 * replayed.min()

@@ -215,6 +215,22 @@ class LayerModel:
         pools = [count for count in split.pools if count]
         return expectation(self.law, pools, lambda number: self._table(split.tiers, number))
 
+    def replay(self, split: TierSplit, activated: NDArray[np.bool_]) -> float:
+        """Mean makespan over recorded steps, in seconds.
+
+        `activated` is what `routing.recency_ranks` gives. Tiers hold the ranks that they would hold
+        if whatever is used moved to the top at once and pushed the others down.
+        """
+        borders = np.cumsum([0, *split.pools])
+        kinds = zip(borders, borders[1:], split.pools, strict=False)
+        hits = [activated[..., a:b].sum(axis=-1) for a, b, count in kinds if count]
+        number = activated.sum(axis=-1)
+        times = np.zeros(number.shape)
+        for size in np.unique(number):
+            same = number == size
+            times[same] = self._table(split.tiers, int(size))[tuple(h[same] for h in hits)]
+        return float(times.mean())
+
     def read_bytes(self, split: TierSplit) -> float:
         """Bytes that are read, on average."""
         return float(self._activated(split) @ [self.sizes.missing_bytes(tier) for tier in TIERS])

@@ -35,6 +35,7 @@ __all__ = [
     "by_recency",
     "in_hindsight",
     "load_trace",
+    "recency_ranks",
     "save_trace",
 ]
 
@@ -310,24 +311,30 @@ def by_recency(trace: Trace) -> Popularity:
     """Rank experts before each decode step by how recently they were used, and count what comes.
 
     Rank r is then hit by a cache of r slots a layer that drops the least recently used: the sum
-    of the first r is its expected number of hits. A prompt's experts count as used in the order
-    of their tokens, the most used last.
+    of the first r is its expected number of hits.
+    """
+    activated = recency_ranks(trace)
+    return Popularity(activated.mean(axis=(0, 1)), "recency in a recorded trace")
+
+
+def recency_ranks(trace: Trace) -> NDArray[np.bool_]:
+    """[decode steps, layers, ranks]: whether the expert that stood at this rank was activated.
+
+    The expert used last stands first. A prompt's experts count as used in the order of their
+    tokens, the most used last.
     """
     layers = np.arange(trace.num_layers)[:, None]
-    used = np.full((trace.num_layers, trace.num_experts), -1.0)
-    used -= np.arange(trace.num_experts) / trace.num_experts
-    hits = np.zeros((trace.num_layers, trace.num_experts))
-    num_decodes = 0
+    used = np.zeros((trace.num_layers, trace.num_experts))
+    used -= 1 + np.arange(trace.num_experts)  # before any use: in the order of their numbers
+    activated = []
     for step in trace.steps():
         total = np.zeros(used.shape, np.int64)
         np.add.at(total, (layers[None], step.experts), 1)
-        order = np.argsort(-used, axis=1, kind="stable")
         if step.is_decode:
-            hits += np.take_along_axis(total, order, axis=1) > 0
-            num_decodes += 1
+            order = np.argsort(-used, axis=1, kind="stable")
+            activated.append(np.take_along_axis(total, order, axis=1) > 0)
         recency = step.number + total / (step.tokens.sum() + 1)
         used = np.where(total > 0, recency, used)
-    if not num_decodes:
+    if not activated:
         raise TraceError("the trace has no decode step to learn popularity from")
-    inclusion = hits.mean(axis=0) / num_decodes
-    return Popularity(inclusion, "recency in a recorded trace")
+    return np.stack(activated)

@@ -34,6 +34,8 @@ bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/resu
 	$(RUN) benchmarks/codec.py --out benchmarks/results/codec.json
 	$(RUN) benchmarks/pack.py --out benchmarks/results/pack.json
 	$(RUN) benchmarks/kernels.py --busy --out benchmarks/results/kernels.json
+	$(RUN) benchmarks/schedule.py --out benchmarks/results/schedule.json
+	$(RUN) benchmarks/planner.py --out benchmarks/results/planner.json
 
 bench-models: $(STAMPS)/build $(STAMPS)/bench ## measure whole models, also against llama.cpp (34 GB of disk, 20 GB of memory)
 	tools/setup.sh llama

@@ -17,7 +17,7 @@ import numpy as np
 
 from zipmoe._rank_model import expectation, fit_law
 from zipmoe._synthetic_routing import Routing, synthetic_trace
-from zipmoe.routing import by_held_out_prompts, by_recency, in_hindsight
+from zipmoe.routing import Trace, by_held_out_prompts, by_recency, in_hindsight
 
 TOKENS = 19  # decoded of each prompt of the traces
 # The reference's constants for a 64 GB Orin in microseconds, and a tenth of that machine's memory:
@@ -35,6 +35,16 @@ def statistics(counts: Any, k: int) -> dict[str, float]:
         "top_quarter_in_hindsight": in_hindsight(counts, k).top_share(0.25),
         "distinct_experts": float((counts > 0).sum(axis=2).mean()),
     }
+
+
+def chosen_again(trace: Trace) -> float:
+    """How much more often than by chance a token's expert is also the next token's."""
+    used = np.zeros((len(trace.experts), trace.num_layers, trace.num_experts), bool)
+    np.put_along_axis(used, trace.experts, True, axis=2)
+    whose = np.repeat(trace.request, trace.tokens)
+    same = whose[1:] == whose[:-1]
+    again = (used[1:] & used[:-1])[same].sum(axis=2).mean() / trace.top_k
+    return float(again * trace.num_experts / trace.top_k)
 
 
 def reference_splits(counts: Any, k: int) -> dict[str, float]:
@@ -76,6 +86,7 @@ def main() -> None:
             "top_k": k,
             "recorded": statistics(counts, k),
             "synthetic": statistics(made.counts(), k),
+            "synthetic_chosen_again": chosen_again(long),
             "synthetic_top_quarter_by_recency": by_recency(long).top_share(0.25),
             "reference_10GB_true_k": reference_splits(counts, k),
         }

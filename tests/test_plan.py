@@ -17,7 +17,7 @@ from zipmoe.plan import (
     PartSize,
     TierSplit,
     Workload,
-    _coarse_splits,
+    candidate_splits,
     expert_task,
     plan_cache,
 )
@@ -168,6 +168,8 @@ def test_where_all_fits_nothing_is_read():
     assert plan.split == TierSplit(compressed=60)
     assert (plan.hit_rate, plan.read_bytes) == (1, 0)
     assert "all 60" in plan.reason
+    experts_s = 4 * 3 * 2 * WEIGHTS / 36e9
+    assert plan.tpot.seconds == pytest.approx(8 * (experts_s + 0.001) + 2 * 500e6 / 37e9)
 
 
 def test_forecasts_have_a_band_and_a_reason_of_one_sentence():
@@ -210,7 +212,7 @@ def test_forecasts_of_splits_agree_with_replaying_another_part_of_the_trace(code
     expected = LayerModel(sizes, MACHINE, fit_law(by_recency(known).inclusion))
     ranks = recency_ranks(unknown)
     room = memory(sizes, 0.5).cache // sizes.layers
-    splits = list(_coarse_splits(expected, room))[::6]
+    splits = list(candidate_splits(expected, room))[::6]
     forecast = np.array([expected.makespan(split)[0] for split in splits])
     replayed = np.array([expected.replay(split, ranks) for split in splits])
     assert np.abs(forecast / replayed - 1).max() < 0.05

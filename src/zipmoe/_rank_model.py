@@ -186,8 +186,8 @@ def batch_law(token: RankLaw, tokens: int) -> RankLaw:
 
     Tokens choose independently, so the inclusion probabilities are exact. The number of distinct
     experts is followed token by token: how many of a token's experts the union of those before it
-    has, where that union has the maximum-entropy law of its size. That is exact for two tokens,
-    and for any number where all ranks are equal.
+    has, where that union has the maximum-entropy law of its size. The mean is exact, and so is the
+    law for two tokens, and for any number where all ranks are equal.
     """
     (k,) = token.support
     missing = 1 - token.inclusion
@@ -199,8 +199,7 @@ def batch_law(token: RankLaw, tokens: int) -> RankLaw:
             for shared in range(k + 1):
                 if (joined := held + k - shared) < len(size):
                     size[joined] += union.size[held] * overlap[held, shared]
-        inclusion = 1 - missing**count
-        union = fit_law(inclusion, _tilted(size, float(inclusion.sum())))
+        union = fit_law(1 - missing**count, size)
     return union
 
 
@@ -218,15 +217,3 @@ def _overlap_law(union: RankLaw, token: RankLaw, k: int) -> NDArray[np.float64]:
     shared = law[:, k]
     total = shared.sum(axis=1, keepdims=True)
     return np.divide(shared, total, out=np.zeros_like(shared), where=total > 0)
-
-
-def _tilted(size: NDArray[np.float64], mean: float) -> NDArray[np.float64]:
-    """Shift a law of sizes to a mean, by the factor e^(t size) that moves it least."""
-    sizes = np.arange(len(size))
-    low, high = -1.0, 1.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        tilted = size * np.exp(middle * (sizes - mean))
-        tilted /= tilted.sum()
-        low, high = (middle, high) if sizes @ tilted < mean else (low, middle)
-    return tilted

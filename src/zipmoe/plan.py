@@ -35,12 +35,15 @@ __all__ = [
     "PartSize",
     "TierSplit",
     "Workload",
+    "candidate_splits",
+    "expert_task",
+    "filled_split",
     "plan_cache",
 ]
 
 TIERS = tuple(Tier)  # from the top rank down
 HELD = TIERS[:-1]
-_STEPS = 12  # shares of the memory that are tried for each tier, before going on slot by slot
+_STEPS = 10  # shares of the memory that are tried for each tier, before going on slot by slot
 _AS_GOOD = 1.01  # a split with fewer tiers is taken if it costs at most this much more
 _LARGEST_TABLE = 20_000
 _DECILE = 1.2816  # standard deviations from the mean to the first and the last tenth
@@ -309,7 +312,7 @@ def plan_cache(
 
 
 def _best_split(model: LayerModel, share: int) -> TierSplit:
-    costs = {split: model.makespan(split)[0] for split in _coarse_splits(model, share)}
+    costs = {split: model.makespan(split)[0] for split in candidate_splits(model, share)}
     best = min(costs, key=lambda split: costs[split])
     while True:
         for split in _neighbours(model.sizes, best, share):
@@ -323,8 +326,8 @@ def _best_split(model: LayerModel, share: int) -> TierSplit:
     return min(as_good, key=lambda split: (len(split.tiers), costs[split]))
 
 
-def _coarse_splits(model: LayerModel, share: int) -> Iterator[TierSplit]:
-    """Yield splits of the memory in twelfths, with as many tiers as can be computed."""
+def candidate_splits(model: LayerModel, share: int) -> Iterator[TierSplit]:
+    """Yield splits of the memory in tenths, with as many tiers as can be computed."""
     seen = set()
     for tiers in combinations(model.sizes.tiers, model.most_tiers):
         for cuts in combinations(range(_STEPS + len(tiers) - 1), len(tiers) - 1):
@@ -332,13 +335,13 @@ def _coarse_splits(model: LayerModel, share: int) -> Iterator[TierSplit]:
             parts = [0] * len(HELD)
             for tier, (before, after) in zip(tiers, pairwise(ends), strict=True):
                 parts[HELD.index(tier)] = after - before - 1
-            split = _filled(model.sizes, [part * share // _STEPS for part in parts], share)
+            split = filled_split(model.sizes, [part * share // _STEPS for part in parts], share)
             if split not in seen:
                 seen.add(split)
                 yield split
 
 
-def _filled(sizes: ModelSizes, parts: Sequence[int], share: int) -> TierSplit:
+def filled_split(sizes: ModelSizes, parts: Sequence[int], share: int) -> TierSplit:
     """Give each tier what its bytes have room for, and the rest of the share from the top."""
     counts, left, ranks = [0] * len(HELD), share, sizes.experts
     for number, tier in enumerate(HELD):
@@ -410,7 +413,7 @@ def _reason(model: LayerModel, split: TierSplit, share: int) -> str:
         return f"all {sizes.experts} experts of a layer fit ({split}), so each is read only once"
     others = []
     for tier in sizes.tiers:
-        alone = _filled(sizes, [share * (other is tier) for other in HELD], share)
+        alone = filled_split(sizes, [share * (other is tier) for other in HELD], share)
         if alone != split and alone.tiers:
             slower = model.makespan(alone)[0] / chosen - 1
             others.append(f"{sum(alone.pools)} {tier.value} alone {slower:+.1%}")

@@ -298,14 +298,13 @@ def plan_cache(
     model = LayerModel(sizes, profile, token, workload.batch)
     share = memory.cache // sizes.layers
     split = _best_split(model, share)
-    mean, deviation = model.makespan(split)
     return CachePlan(
         memory=memory,
         split=split,
         layers=_spread(sizes, split, memory.cache),
         hit_rate=model.hit_rate(split),
         read_bytes=sizes.layers * model.read_bytes(split),
-        tpot=_tpot(sizes, profile, mean, deviation),
+        tpot=_tpot(sizes, profile, model.makespan(split), workload.batch),
         ttft=_ttft(sizes, profile, token, workload.prompt_tokens),
         reason=_reason(model, split, share),
     )
@@ -383,13 +382,15 @@ def _spread(sizes: ModelSizes, split: TierSplit, cache: int) -> tuple[TierSplit,
     return tuple(TierSplit(*counts) if i < more else split for i in range(sizes.layers))
 
 
-def _tpot(sizes: ModelSizes, profile: MachineProfile, mean: float, deviation: float) -> Forecast:
-    dense = profile.work_s(sizes.dense_weights, sizes.dense_codec) / profile.workers
-    seconds = sizes.layers * (mean + profile.layer_s) + dense
+def _tpot(
+    sizes: ModelSizes, profile: MachineProfile, layer: tuple[float, float], batch: int
+) -> Forecast:
+    mean, deviation = layer
+    dense_s = profile.work_s(sizes.dense_weights, sizes.dense_codec, batch) / profile.workers
+    seconds = sizes.layers * (mean + profile.layer_s) + dense_s
     swing = _DECILE * deviation * sizes.layers**0.5
-    return Forecast(
-        seconds, (seconds - swing) * (1 - profile.spread), (seconds + swing) * (1 + profile.spread)
-    )
+    low = max(0.0, seconds - swing) * (1 - profile.spread)
+    return Forecast(seconds, low, (seconds + swing) * (1 + profile.spread))
 
 
 def _ttft(sizes: ModelSizes, profile: MachineProfile, token: RankLaw, tokens: int) -> Forecast:
@@ -399,9 +400,7 @@ def _ttft(sizes: ModelSizes, profile: MachineProfile, token: RankLaw, tokens: in
     one = flow(task, profile.workers)
     dense_s = profile.work_s(sizes.dense_weights, sizes.dense_codec, tokens) / profile.workers
     rest_s = dense_s / sizes.layers + profile.layer_s
-    longer = one.span_s + max(one.read_s, one.work_s) * (needed - 1)
-    experts = Flow(one.read_s * needed, one.work_s * needed, longer)
-    seconds = Flow(0.0, rest_s, rest_s).then(experts).times(sizes.layers).span_s
+    seconds = Flow(0.0, rest_s, rest_s).then(one.times(needed)).times(sizes.layers).span_s
     return Forecast(seconds, seconds * (1 - profile.spread), seconds * (1 + profile.spread))
 
 

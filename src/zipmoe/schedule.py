@@ -94,8 +94,8 @@ class Flow:
             max(self.span_s + other.work_s, self.read_s + other.span_s),
         )
 
-    def times(self, count: int) -> Flow:
-        """Join equal ones."""
+    def times(self, count: float) -> Flow:
+        """Join equal ones; `count` is 0, or 1 and more."""
         if not count:
             return Flow()
         longer = max(self.read_s, self.work_s)

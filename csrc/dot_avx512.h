@@ -55,13 +55,16 @@ template <class Multiply, unsigned kBits, unsigned kColumns>
 std::size_t coded_block(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
                         const Columns& x, const Sums& sums) {
   GroupReader<kBits> groups(block);
+  // One column of 4-bit codes leaves a core idle: processors fetch by themselves then, and better.
+  constexpr bool kFetch = kBits < 4 || kColumns > 1;
   for (std::uint32_t row = 0; row < height; row += 4) {
     Tile<Multiply, kColumns> tile(sums, row);
     for (std::uint32_t column = 0; column < width; column += kGroup) {
+      if constexpr (kFetch) groups.fetch_ahead();
       __m512i first[4], second[4];
 #pragma GCC unroll 4
       for (unsigned k = 0; k < 4; ++k) {
-        const Words words = groups.next();
+        const Words words = groups.next(k);
         first[k] = words.first;
         second[k] = words.second;
       }

@@ -13,6 +13,10 @@ enum class Isa;  // isa.h, which is not included: it pulls in standard headers
 // Stray loads and stores of the kernels beyond their exact streams: one vector.
 inline constexpr std::size_t kVectorSlack = 64;
 
+// How far ahead, in bytes of each plane, a product has memory bring what it will read: beyond the
+// page of 4 KiB, in which processors fetch by themselves.
+inline constexpr std::size_t kFetchAhead = 6144;
+
 // Where a block's weights go: `height` rows (a multiple of 4) of `width` (a multiple of 64).
 struct BlockTarget {
   std::uint16_t* out;
@@ -24,7 +28,7 @@ struct BlockTarget {
 // A block whose first level of codes is merged with its sign-mantissa bytes.
 struct CodedBlock {
   const std::uint8_t* sign_mantissa;
-  const std::uint8_t* codes;
+  const std::uint8_t* codes;    // four groups beyond the block are read too
   const std::uint8_t* table;    // 4, 8 or 16 entries; the last differs from all others
   const std::uint8_t* escapes;  // exponents of weights whose code is the last one, in order
 };

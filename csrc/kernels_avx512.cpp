@@ -40,7 +40,7 @@ std::size_t merge_block(const CodedBlock& block, const BlockTarget& target) {
     for (std::uint32_t column = 0; column < target.width; column += kGroup) {
       u16* out = panel + column;
 #pragma GCC unroll 4
-      for (unsigned k = 0; k < 4; ++k, out += target.stride) store<kStream>(groups.next(), out);
+      for (unsigned k = 0; k < 4; ++k, out += target.stride) store<kStream>(groups.next(k), out);
     }
   return groups.used();
 }

@@ -25,13 +25,6 @@ inline __m512i lane_shifts() {
   return _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
 }
 
-// The same as bits from which each byte is to be taken.
-inline __m512i lane_bits() {
-  constexpr long long kBytes = 0x3830282018100800, kTwo = 0x0202020202020202;
-  return _mm512_set_epi64(kBytes + 3 * kTwo, kBytes + 3 * kTwo, kBytes + 2 * kTwo,
-                          kBytes + 2 * kTwo, kBytes + kTwo, kBytes + kTwo, kBytes, kBytes);
-}
-
 template <class Word>
 Word load(const u8* from) {
   Word word;
@@ -43,9 +36,15 @@ inline __m128i load128(const u8* from) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
+// Byte i holds the code of byte i in its lowest bits, whatever is above.
+inline __m512i codes2(const u8* group) {
+  return _mm512_srlv_epi32(_mm512_broadcast_i32x4(load128(group)), lane_shifts());
+}
+
 // Exponents of one group of codes; escapes show the table's last entry.
 // vpermb reads six index bits: each table is repeated over the bits above the code, so that what
-// the shifts leave there does not matter and need not be masked off.
+// the shifts leave there does not matter and need not be masked off. Shifts by lane, not
+// vpmultishiftqb: Zen 4 runs that one where the products run.
 template <unsigned kBits>
 class Lookup;
 
@@ -54,9 +53,7 @@ class Lookup<2> {
  public:
   explicit Lookup(const u8* table) : table_(_mm512_set1_epi32(load<int>(table))) {}
   __m512i operator()(const u8* group) const {
-    const __m512i codes =
-        _mm512_multishift_epi64_epi8(lane_bits(), _mm512_broadcast_i32x4(load128(group)));
-    return _mm512_permutexvar_epi8(codes, table_);
+    return _mm512_permutexvar_epi8(codes2(group), table_);
   }
 
  private:
@@ -69,8 +66,7 @@ class Lookup<3> {
   explicit Lookup(const u8* table)
       : low_(_mm512_set1_epi32(load<int>(table))), high_(_mm512_set1_epi32(load<int>(table + 4))) {}
   __m512i operator()(const u8* group) const {
-    const __m512i codes =
-        _mm512_multishift_epi64_epi8(lane_bits(), _mm512_broadcast_i32x4(load128(group)));
+    const __m512i codes = codes2(group);
     const __mmask64 is_high = _cvtu64_mask64(load<u64>(group + 16));
     return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, low_), is_high, codes,
                                         high_);
@@ -111,7 +107,9 @@ inline Words merge_words(__m512i sign_mantissa, __m512i exponents) {
   return {_mm512_shrdi_epi16(low, low, 1), _mm512_shrdi_epi16(high, high, 1)};
 }
 
-// Walks through the first level of a block, group by group.
+// Walks through the first level of a block, chunk by chunk: a group of each of four rows. Codes are
+// looked up a chunk before they are needed, and one chunk beyond the block is read: from its lookup
+// to the product a group is on its way for longer than a processor looks ahead by itself.
 template <unsigned kBits>
 class GroupReader {
  public:
@@ -121,31 +119,59 @@ class GroupReader {
         codes_(block.codes),
         sign_mantissa_(block.sign_mantissa),
         escapes_(block.escapes),
-        next_(block.escapes) {}
+        next_(block.escapes) {
+#pragma GCC unroll 4
+    for (unsigned row = 0; row < kChunkRows; ++row) look_ahead(row);
+  }
 
-  [[gnu::always_inline]] Words next() {
-    __m512i exponents = look_up_(codes_);
-    codes_ += kGroupBytes<kBits>;
-    const __mmask64 escaped = _mm512_cmpeq_epi8_mask(exponents, mark_);
+  // The rows of a chunk are to be taken in order.
+  [[gnu::always_inline]] Words next(unsigned row) {
+    __m512i exponents = ahead_[row];
+    const u64 escaped = _cvtmask64_u64(escaped_[row]);
     // With 4 bits hardly a group has an escape: a branch is cheaper than the expansion.
-    if (kBits < 4 || __builtin_expect(_cvtmask64_u64(escaped) != 0, 0)) {
-      exponents = _mm512_mask_expand_epi8(exponents, escaped, _mm512_loadu_si512(next_));
-      next_ += _mm_popcnt_u64(_cvtmask64_u64(escaped));
+    if (kBits < 4 || __builtin_expect(escaped != 0, 0)) {
+      exponents = _mm512_mask_expand_epi8(exponents, escaped_[row], _mm512_loadu_si512(next_));
+      next_ += _mm_popcnt_u64(escaped);
     }
+    look_ahead(row);
     const Words words = merge_words(_mm512_loadu_si512(sign_mantissa_), exponents);
     sign_mantissa_ += kGroup;
     return words;
+  }
+  // Has memory bring a chunk that is needed later into the second cache: the first one has too few
+  // places for lines on their way, and the core is busy computing when it should ask for them.
+  [[gnu::always_inline]] void fetch_ahead() const {
+#pragma GCC unroll 4
+    for (std::size_t at = 0; at < kChunkRows * kGroup; at += kLine)
+      fetch_line(sign_mantissa_ + kFetchAhead + at);
+#pragma GCC unroll 2
+    for (std::size_t at = 0; at < kChunkRows * kGroupBytes<kBits>; at += kLine)
+      fetch_line(codes_ + kFetchAhead + at);
   }
   // How many escapes were consumed.
   std::size_t used() const { return static_cast<std::size_t>(next_ - escapes_); }
 
  private:
+  static constexpr unsigned kChunkRows = 4;
+  static constexpr std::size_t kLine = 64;
+
+  [[gnu::always_inline]] void look_ahead(unsigned row) {
+    ahead_[row] = look_up_(codes_);
+    escaped_[row] = _mm512_cmpeq_epi8_mask(ahead_[row], mark_);
+    codes_ += kGroupBytes<kBits>;
+  }
+  static void fetch_line(const u8* from) {
+    _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1);
+  }
+
   Lookup<kBits> look_up_;
   __m512i mark_;
   const u8* codes_;
   const u8* sign_mantissa_;
   const u8* escapes_;
   const u8* next_;
+  __m512i ahead_[kChunkRows];
+  __mmask64 escaped_[kChunkRows];
 };
 
 }  // namespace

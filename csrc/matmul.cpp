@@ -140,28 +140,12 @@ static bool has_unsafe_padding(const Grid& grid, std::uint64_t tile, const Ready
   return grid.real_width(tile) != grid.width(tile) && ready.coded.table[0] == 0xFF;
 }
 
-// The inner levels of the next block stand in the way of its first level: they must be there at
-// once.
-static void fetch_ahead(const RankExtent& codes, std::uint64_t block, std::uint64_t blocks) {
-  if (block >= blocks) return;
+// The variable parts stand one behind the other too: what is as far ahead of this one as the kernel
+// fetches of the other planes.
+static void fetch_ahead(std::span<const std::uint8_t> variable) {
   constexpr std::size_t kLine = 64;
-  const std::span<const std::uint8_t> variable = codes.variable(block);
   for (std::size_t at = 0; at < variable.size(); at += kLine)
-    __builtin_prefetch(variable.data() + at);
-}
-
-// Memory would idle while the inner levels of a block are decoded: it brings the beginning of the
-// first level meanwhile.
-void Multiplier::fetch_start(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile) {
-  if (matrix.spec_.codec != Codec::rank223) return;
-  constexpr std::size_t kLine = 64, kCodeLines = 8, kSignLines = 16;
-  const std::uint64_t first = matrix.grid_->first_weight(group, tile);
-  const std::uint8_t* codes = matrix.codes_->codes(first);
-  const std::uint8_t* signs = matrix.extents_.sign_mantissa.data() + first;
-  for (std::size_t line = 0; line < kCodeLines; ++line)
-    __builtin_prefetch(codes + line * kLine, 0, 2);
-  for (std::size_t line = 0; line < kSignLines; ++line)
-    __builtin_prefetch(signs + line * kLine, 0, 2);
+    __builtin_prefetch(variable.data() + kFetchAhead + at, 0, 2);
 }
 
 void Multiplier::fused(const Strip& strip, const Columns& x) {
@@ -175,9 +159,8 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
     const std::uint64_t group = row / grid.row_group();
     Sums sums = part(strip.sums, row - strip.begin, 0);
     for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
-      fetch_start(matrix, group, tile);
       const ReadyBlock ready = prepare(matrix, group, tile);
-      fetch_ahead(*matrix.codes_, group * grid.k_tiles() + tile + 1, grid.blocks());
+      fetch_ahead(matrix.codes_->variable(ready.block));
       const auto height = static_cast<std::uint32_t>(grid.height(group));
       const auto width = static_cast<std::uint32_t>(grid.width(tile));
       const Columns columns = part(x, grid.first_column(tile), 0, x.count);

@@ -65,7 +65,6 @@ class Multiplier {
  private:
   struct Strip;  // consecutive row groups of one matrix
   void fused(const Strip& strip, const Columns& x);
-  static void fetch_start(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile);
   void by_panels(const Strip& strip, const Columns& x);
   void raw(const Strip& strip, const Columns& x);
   void decode_tile(const Strip& strip, std::uint64_t group, std::uint64_t tile,

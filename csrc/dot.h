@@ -57,6 +57,10 @@ struct DotKernels {
   // Four rows of plain weights, `stride` elements apart, times 1 to kPanelColumns columns.
   void (*panel)(const std::uint16_t* rows, std::ptrdiff_t stride, std::uint32_t width,
                 const Columns& x, const Sums& sums, const Ahead& ahead);
+  // The same for 1 to kCodedColumns columns, row after row: memory is quickest in one run. Null
+  // where `panel` is as good.
+  void (*rows)(const std::uint16_t* rows, std::ptrdiff_t stride, std::uint32_t width,
+               const Columns& x, const Sums& sums) = nullptr;
   // out[i] = the sum of sums[i].
   void (*reduce)(const float* sums, std::size_t n, float* out);
   // Round to BF16, to nearest and ties to even; NaN stays NaN. `bias` (BF16) may be null.

@@ -112,14 +112,19 @@ void panel_of(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const
   tile.store();
 }
 
-// A few columns wait for memory, and memory is quickest in one run: row after row.
+// Four columns are enough to do that memory has to be asked in time; fewer wait for it at any rate.
 template <class Multiply, unsigned kColumns>
 void rows_of(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
-             const Sums& sums, const Ahead&) {
+             const Sums& sums) {
+  constexpr bool kFetch = kColumns == kCodedColumns;
+  const auto rows_ahead = static_cast<std::ptrdiff_t>(1 + kFetchAhead / (sizeof *rows * width));
   for (unsigned r = 0; r < 4; ++r) {
     Tile<Multiply, kColumns, 1> tile(sums, r);
     for (std::uint32_t column = 0; column < width; column += 32) {
-      const __m512i weights[1] = {_mm512_loadu_si512(rows + r * stride + column)};
+      const u16* from = rows + r * stride + column;
+      if constexpr (kFetch)
+        _mm_prefetch(reinterpret_cast<const char*>(from + rows_ahead * stride), _MM_HINT_T1);
+      const __m512i weights[1] = {_mm512_loadu_si512(from)};
       tile.add(weights, x.data + column, x.stride);
     }
     tile.store();
@@ -127,10 +132,18 @@ void rows_of(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const 
 }
 
 template <class Multiply>
+void rows(const u16* from, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
+          const Sums& sums) {
+  static constexpr decltype(&rows<Multiply>) kByColumns[] = {
+      rows_of<Multiply, 1>, rows_of<Multiply, 2>, rows_of<Multiply, 3>, rows_of<Multiply, 4>};
+  kByColumns[x.count - 1](from, stride, width, x, sums);
+}
+
+template <class Multiply>
 void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
            const Sums& sums, const Ahead& ahead) {
   static constexpr decltype(&panel<Multiply>) kByColumns[] = {
-      rows_of<Multiply, 1>,  rows_of<Multiply, 2>,  rows_of<Multiply, 3>,
+      panel_of<Multiply, 1>, panel_of<Multiply, 2>, panel_of<Multiply, 3>,
       panel_of<Multiply, 4>, panel_of<Multiply, 5>, panel_of<Multiply, 6>,
   };
   kByColumns[x.count - 1](rows, stride, width, x, sums, ahead);
@@ -162,6 +175,7 @@ constexpr DotKernels avx512_kernels() {
       .coded3 = coded<Multiply, 3>,
       .coded4 = coded<Multiply, 4>,
       .panel = panel<Multiply>,
+      .rows = rows<Multiply>,
       .reduce = reduce,
       .round = round_values,
       .gate = gate_values,

@@ -243,9 +243,9 @@ void Multiplier::raw(const Strip& strip, const Columns& x) {
   const std::uint64_t columns = strip.matrix.columns(), rows = strip.matrix.rows();
   const auto* data =
       reinterpret_cast<const std::uint16_t*>(strip.matrix.extents_.sign_mantissa.data());
-  // A few columns stay in the first cache whatever their length.
+  // Up to three columns stay in the first cache whatever their length.
   const std::uint64_t tile =
-      x.count <= kCodedColumns ? columns : std::uint64_t{choose_geometry(rows, columns).k_tile};
+      x.count < kCodedColumns ? columns : std::uint64_t{choose_geometry(rows, columns).k_tile};
   const bool direct = columns % kGroupWeights == 0 && strip.end <= rows;
   Sums sums = strip.sums;
   for (std::uint64_t k = 0; k < columns; k += tile, sums.begin = false) {
@@ -271,7 +271,14 @@ void Multiplier::raw(const Strip& strip, const Columns& x) {
       panels.rows = panel;
       panels.stride = width;
     }
-    multiply_panels(panels, part(x, k, 0, x.count), sums);
+    const Columns piece = part(x, k, 0, x.count);
+    if (dot_.rows == nullptr || x.count > kCodedColumns) {
+      multiply_panels(panels, piece, sums);
+      continue;
+    }
+    for (std::uint64_t row = 0; row < panels.height; row += kPanelRows)
+      dot_.rows(panels.rows + static_cast<std::ptrdiff_t>(row) * panels.stride, panels.stride,
+                width, piece, part(sums, row, 0));
   }
 }
 

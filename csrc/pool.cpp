@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
+#include <stdexcept>
 #include <utility>
 
 namespace zipmoe {
@@ -15,6 +17,11 @@ using Clock = std::chrono::steady_clock;
 // Longer than what Python does between two products of a step, shorter than a person notices.
 constexpr std::chrono::microseconds kSpin{1000};
 constexpr unsigned kSpinsPerLook = 64;  // at the clock, which takes longer than a pause
+
+// In the place of a piece: there is none.
+constexpr std::uint32_t kClosed = std::numeric_limits<std::uint32_t>::max();
+
+std::uint32_t number_of(std::uint64_t claim) { return static_cast<std::uint32_t>(claim >> 32); }
 
 void pause() {
 #if defined(__x86_64__)
@@ -46,7 +53,7 @@ unsigned num_allowed_processors() {
 
 }  // namespace
 
-WorkerPool::WorkerPool(unsigned threads) {
+WorkerPool::WorkerPool(unsigned threads) : claim_(kClosed) {
   for (unsigned thread = 1; thread < threads; ++thread)
     workers_.emplace_back([this, thread] { worker(thread); });
 }
@@ -54,7 +61,7 @@ WorkerPool::WorkerPool(unsigned threads) {
 WorkerPool::~WorkerPool() {
   {
     const std::lock_guard lock(mutex_);
-    number_.fetch_add(1, std::memory_order_seq_cst);
+    ends_.store(true, std::memory_order_seq_cst);
   }
   wake_.notify_all();
 }
@@ -62,69 +69,91 @@ WorkerPool::~WorkerPool() {
 void WorkerPool::run_job(const Job& job) {
   if (job.count == 0) return;
   const std::lock_guard one(callers_);
-  if (workers_.empty() || job.count <= job.grain) {
+  const std::uint64_t pieces = (job.count - 1) / job.grain + 1;
+  if (workers_.empty() || pieces == 1) {
     for (std::uint64_t begin = 0; begin < job.count; begin += job.grain)
       job.call(job.work, 0, begin, std::min(begin + job.grain, job.count));
     return;
   }
-  job_ = job;
-  next_.store(0, std::memory_order_relaxed);
+  if (pieces >= kClosed) throw std::length_error("a job of too many pieces");
+  call_.store(job.call, std::memory_order_relaxed);
+  work_.store(job.work, std::memory_order_relaxed);
+  count_.store(job.count, std::memory_order_relaxed);
+  grain_.store(job.grain, std::memory_order_relaxed);
+  done_.store(0, std::memory_order_relaxed);
   failed_.store(false, std::memory_order_relaxed);
   failure_ = nullptr;
-  num_working_.store(static_cast<unsigned>(workers_.size()), std::memory_order_relaxed);
-  number_.fetch_add(2, std::memory_order_seq_cst);
+  const std::uint32_t number = number_of(claim_.load(std::memory_order_relaxed)) + 1;
+  claim_.store(std::uint64_t{number} << 32, std::memory_order_seq_cst);
   if (num_sleeping_.load(std::memory_order_seq_cst) != 0) {
     {
       const std::lock_guard lock(mutex_);
     }  // nobody is between its last look and its sleep
     wake_.notify_all();
   }
-  work_on(job, 0);
-  await_workers();
+  work_on(number, 0);
+  await_pieces(static_cast<std::uint32_t>(pieces));
+  claim_.store(std::uint64_t{number} << 32 | kClosed, std::memory_order_release);
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
-void WorkerPool::work_on(const Job& job, unsigned thread) noexcept {
-  while (!failed_.load(std::memory_order_relaxed)) {
-    const std::uint64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
+void WorkerPool::work_on(std::uint32_t number, unsigned thread) noexcept {
+  std::uint64_t claim = claim_.load(std::memory_order_acquire);
+  for (;;) {
+    const auto piece = static_cast<std::uint32_t>(claim);
+    if (number_of(claim) != number || piece == kClosed) return;
+    const Job job{call_.load(std::memory_order_relaxed), work_.load(std::memory_order_relaxed),
+                  count_.load(std::memory_order_relaxed), grain_.load(std::memory_order_relaxed)};
+    const std::uint64_t begin = piece * job.grain;
     if (begin >= job.count) return;
-    try {
-      job.call(job.work, thread, begin, std::min(begin + job.grain, job.count));
-    } catch (...) {
-      const std::lock_guard lock(mutex_);
-      if (!failure_) failure_ = std::current_exception();
-      failed_.store(true, std::memory_order_relaxed);
-    }
+    if (!claim_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel,
+                                      std::memory_order_acquire))
+      continue;
+    run_piece(job, thread, begin);
+    done_.fetch_add(1, std::memory_order_release);
+    done_.notify_one();
+    claim = claim_.load(std::memory_order_acquire);
   }
+}
+
+void WorkerPool::run_piece(const Job& job, unsigned thread, std::uint64_t begin) noexcept {
+  if (failed_.load(std::memory_order_relaxed)) return;
+  try {
+    job.call(job.work, thread, begin, std::min(begin + job.grain, job.count));
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    if (!failure_) failure_ = std::current_exception();
+    failed_.store(true, std::memory_order_relaxed);
+  }
+}
+
+// Each is at work on its last piece.
+void WorkerPool::await_pieces(std::uint32_t pieces) {
+  std::uint32_t done = 0;
+  spin([&] { return (done = done_.load(std::memory_order_acquire)) == pieces; });
+  for (; done != pieces; done = done_.load(std::memory_order_acquire))
+    done_.wait(done, std::memory_order_acquire);
 }
 
 void WorkerPool::worker(unsigned thread) noexcept {
-  for (std::uint64_t seen = 1; (seen = await_job(seen)) != 0;) {
-    work_on(job_, thread);
-    if (num_working_.fetch_sub(1, std::memory_order_acq_rel) == 1) num_working_.notify_one();
-  }
+  for (std::optional<std::uint32_t> number = 0; (number = await_job(*number));)
+    work_on(*number, thread);
 }
 
-// Each is at its last piece, or has yet to find that there is none.
-void WorkerPool::await_workers() {
-  unsigned working = 1;
-  spin([&] { return (working = num_working_.load(std::memory_order_acquire)) == 0; });
-  for (; working != 0; working = num_working_.load(std::memory_order_acquire))
-    num_working_.wait(working, std::memory_order_acquire);
-}
-
-std::uint64_t WorkerPool::await_job(std::uint64_t seen) {
-  std::uint64_t number;
-  const auto is_new = [&] {
-    number = number_.load(std::memory_order_seq_cst);
-    return number != seen;
+std::optional<std::uint32_t> WorkerPool::await_job(std::uint32_t seen) {
+  std::uint32_t number = seen;
+  const auto is_over = [&] {
+    number = number_of(claim_.load(std::memory_order_seq_cst));
+    return number != seen || ends_.load(std::memory_order_seq_cst);
   };
-  if (spin(is_new)) return number % 2 == 0 ? 0 : number;
-  std::unique_lock lock(mutex_);
-  num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
-  wake_.wait(lock, is_new);
-  num_sleeping_.fetch_sub(1, std::memory_order_seq_cst);
-  return number % 2 == 0 ? 0 : number;
+  if (!spin(is_over)) {
+    std::unique_lock lock(mutex_);
+    num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.wait(lock, is_over);
+    num_sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+  if (ends_.load(std::memory_order_seq_cst)) return std::nullopt;
+  return number;
 }
 
 namespace {

@@ -3,7 +3,8 @@
 // Between the calls of one step workers spin, for at most kSpin: waking a sleeping thread takes
 // longer than many a product. After that they sleep. Work is handed out in pieces as threads become
 // free; which thread computes a piece never changes a result, because every output belongs to one
-// piece.
+// piece. A caller waits for pieces, not for workers: one whose processor does something else, or
+// that has yet to wake, holds nobody up unless it holds a piece.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -11,6 +12,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -50,20 +52,26 @@ class WorkerPool {
   }
 
   void run_job(const Job& job);
-  void work_on(const Job& job, unsigned thread) noexcept;
+  void work_on(std::uint32_t number, unsigned thread) noexcept;
+  void run_piece(const Job& job, unsigned thread, std::uint64_t begin) noexcept;
+  void await_pieces(std::uint32_t pieces);
   void worker(unsigned thread) noexcept;
-  void await_workers();
-  // The number of the next job after `seen`, or 0 when the pool ends.
-  std::uint64_t await_job(std::uint64_t seen);
+  // The number of a job after `seen`; nothing when the pool ends.
+  std::optional<std::uint32_t> await_job(std::uint32_t seen);
 
   std::mutex callers_;  // one job at a time
 
-  Job job_;  // written before number_ is raised, read after
-  alignas(64) std::atomic<std::uint64_t> number_ = 1;  // of the latest job; even: the pool ends
-  alignas(64) std::atomic<std::uint64_t> next_ = 0;    // first output nobody has taken
-  alignas(64) std::atomic<unsigned> num_working_ = 0;
-  std::atomic<unsigned> num_sleeping_ = 0;
+  // The latest job. Written while `claim_` says that there is none to be had.
+  std::atomic<void (*)(const void*, unsigned, std::uint64_t, std::uint64_t)> call_ = nullptr;
+  std::atomic<const void*> work_ = nullptr;
+  std::atomic<std::uint64_t> count_ = 0, grain_ = 1;
+  // Its number, and below it the next piece that nobody has taken, or kClosed. A piece is taken by
+  // raising it, which fails if the job has changed: then what was read of the job is forgotten.
+  alignas(64) std::atomic<std::uint64_t> claim_;
+  alignas(64) std::atomic<std::uint32_t> done_ = 0;  // pieces
+  alignas(64) std::atomic<unsigned> num_sleeping_ = 0;
   std::atomic<bool> failed_ = false;
+  std::atomic<bool> ends_ = false;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::exception_ptr failure_;

@@ -87,6 +87,7 @@ class Engine {
     std::span<const Visit> visits{};
     Columns x{};
     bool is_routed = false;
+    std::uint64_t place = 0;  // of its first column among all of the call
     // Set by multiply_inner: what the last matrix is multiplied with, and how the work is cut.
     Columns inner{};
     std::uint16_t* out = nullptr;
@@ -111,13 +112,15 @@ class Engine {
                std::uint16_t* y, std::ptrdiff_t stride);
   void list_visits(const Routing& routing, std::uint64_t tokens);
   Routing route(const MoeBlock& block, const Columns& x);
-  void begin_total(std::uint64_t hidden, std::uint64_t tokens);
-  void round_total(std::uint64_t hidden, std::uint64_t tokens, std::uint16_t* y,
-                   std::ptrdiff_t stride);
+  void begin_total(std::uint64_t width, std::uint64_t tokens);
+  void round_total(std::uint64_t tokens, std::uint16_t* y, std::ptrdiff_t stride);
   void run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
-                   TaskList& tasks);
+                   std::uint64_t shared);
+  void join_resident(ExpertCache& cache, std::uint64_t layer, Gate kind, std::uint64_t shared);
+  [[nodiscard]] std::uint64_t place_of(std::span<const Visit> visits, std::uint64_t shared) const;
   bool take_expert(ExpertCache& cache, std::uint64_t layer, Gate kind,
-                   std::span<const Visit> visits);
+                   std::span<const Visit> visits, bool waits);
+  void forget_tasks();
   void gather_columns(const Input& x);
   void run_tasks(const ExpertCache& cache, std::uint64_t layer);
   template <class AtWork>
@@ -126,7 +129,8 @@ class Engine {
   void multiply_piece(Multiplier& multiplier, const GatedTask& task, std::uint64_t piece,
                       const AtWork& at_work);
   template <class AtWork>
-  void add_outer(const AtWork& at_work);
+  void multiply_outer(const AtWork& at_work);
+  void add_kept(std::uint64_t shared);
   void run_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
                std::uint16_t* y, std::ptrdiff_t stride);
   void run_attention(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
@@ -153,8 +157,10 @@ class Engine {
   std::vector<Visit> shared_visits_;
   std::vector<GatedTask> tasks_;
   std::vector<Held> held_;  // of the tasks: never more than kTasksTogether, which it has room for
-  bool decodes_ = false;    // the latest expert's weights are decoded before they are multiplied
-  Buffer columns_, block_columns_, inner_, total_, decoded_[3], logits_;
+  std::vector<std::span<const Visit>> pending_;  // experts of the call that are no tasks yet
+  std::uint64_t width_ = 0;                      // of what experts give
+  std::uint64_t kept_columns_ = 0;  // whose results are kept; 0: they are added at once
+  Buffer columns_, block_columns_, inner_, kept_, total_, decoded_[3], logits_;
   Buffer heads_[3], attended_;  // queries, keys and values of new tokens; what attention gives
   Buffer normed_, change_;      // states before and after a half of a layer
   std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0;

@@ -1,8 +1,10 @@
 // Routed experts of a layer, and the expert that all tokens visit.
 //
-// An expert is a task: gate, up and down on the columns of its visits. Tasks whose weights are in
-// memory run together: all their inner products, then all their outer ones, which are added up row
-// by row in the order of the tasks. So a thread waits twice for another, not twice for each expert.
+// An expert is a task: gate, up and down on the columns of its visits. With few columns, tasks
+// whose weights are in memory run first and together, all their inner products, then all their
+// outer ones: a thread waits twice for another, not twice for each expert, and meanwhile others are
+// read. What they give is kept and added up at the end, in the order of experts. With many columns
+// a task is work enough, and what it gives takes memory: one after the other, in that order.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -14,9 +16,7 @@
 namespace zipmoe {
 namespace {
 
-// Tasks run together as long as they have no more columns than these: with many columns a task is
-// work enough, and what is between its products takes memory.
-constexpr std::uint64_t kColumnsTogether = 64;
+constexpr std::uint64_t kFewColumns = 64;
 // Tokens of one piece of what is done to each by itself.
 constexpr std::uint64_t kPieceTokens = 8;
 
@@ -25,19 +25,19 @@ constexpr std::uint64_t kPieceTokens = 8;
 // Forgets tasks and their leases, whatever happens.
 class Engine::TaskList {
  public:
-  explicit TaskList(Engine& engine) : engine_(engine) { clear(); }
-  ~TaskList() { clear(); }
+  explicit TaskList(Engine& engine) : engine_(engine) {}
+  ~TaskList() { engine_.forget_tasks(); }
   TaskList(const TaskList&) = delete;
   TaskList& operator=(const TaskList&) = delete;
-
-  void clear() {
-    engine_.tasks_.clear();
-    engine_.held_.clear();
-  }
 
  private:
   Engine& engine_;
 };
+
+void Engine::forget_tasks() {
+  tasks_.clear();
+  held_.clear();
+}
 
 // Sorted by expert, a token's own in the order of its slots.
 void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
@@ -55,16 +55,16 @@ void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
     if (distinct_.empty() || distinct_.back() != visit.expert) distinct_.push_back(visit.expert);
 }
 
-void Engine::begin_total(std::uint64_t hidden, std::uint64_t tokens) {
-  std::memset(grown<float>(total_, hidden * tokens), 0, hidden * tokens * sizeof(float));
+void Engine::begin_total(std::uint64_t width, std::uint64_t tokens) {
+  width_ = width;
+  std::memset(grown<float>(total_, width * tokens), 0, width * tokens * sizeof(float));
 }
 
-void Engine::round_total(std::uint64_t hidden, std::uint64_t tokens, std::uint16_t* y,
-                         std::ptrdiff_t stride) {
+void Engine::round_total(std::uint64_t tokens, std::uint16_t* y, std::ptrdiff_t stride) {
   const auto* total = reinterpret_cast<const float*>(total_.data());
   pool_->run(tokens, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
     for (std::uint64_t t = begin; t < end; ++t)
-      dot_.round(total + t * hidden, hidden, nullptr, y + static_cast<std::ptrdiff_t>(t) * stride);
+      dot_.round(total + t * width_, width_, nullptr, y + static_cast<std::ptrdiff_t>(t) * stride);
   });
 }
 
@@ -79,12 +79,10 @@ void Engine::experts(ExpertCache& cache, std::uint64_t layer, const Routing& rou
     return;
   }
   const std::uint64_t expert = distinct_.front();
-  const std::uint64_t hidden =
-      cache.spec(layer, expert, cache.num_matrices(layer, expert) - 1).rows;
-  begin_total(hidden, x.count);
-  TaskList tasks(*this);
-  run_experts(cache, layer, kind, x, tasks);
-  round_total(hidden, x.count, y, stride);
+  begin_total(cache.spec(layer, expert, cache.num_matrices(layer, expert) - 1).rows, x.count);
+  const TaskList tasks(*this);
+  run_experts(cache, layer, kind, x, 0);
+  round_total(x.count, y, stride);
 }
 
 void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
@@ -100,15 +98,15 @@ void Engine::run_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& bl
   list_visits(route(block, columns), x.count);
   cache.prefetch(layer, distinct_);
   begin_total(hidden, x.count);
-  TaskList tasks(*this);
+  const TaskList tasks(*this);
   if (block.shared) {
     // It comes first: while it is multiplied, others are read.
     tasks_.push_back({*block.shared, block.gate_of_shared});
     tasks_.back().x = columns;
     tasks_.back().visits = shared_visits_;
   }
-  run_experts(cache, layer, block.gate, x, tasks);
-  round_total(hidden, x.count, y, stride);
+  run_experts(cache, layer, block.gate, x, block.shared ? x.count : 0);
+  round_total(x.count, y, stride);
 }
 
 // Logits of all tokens, what they choose, and how much the shared expert weighs for each.
@@ -139,43 +137,63 @@ Routing Engine::route(const MoeBlock& block, const Columns& x) {
   return {chosen_.data(), weights_.data(), rule.k, experts};
 }
 
-// Runs what `tasks` holds already and all visits, in their order.
+// Runs all visits, and what tasks_ holds already: the shared expert, for `shared` tokens.
 void Engine::run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
-                         TaskList& tasks) {
-  auto first = visits_.begin();
+                         std::uint64_t shared) {
+  pending_.clear();
+  for (auto first = visits_.begin(); first != visits_.end();) {
+    const auto last = std::find_if(
+        first, visits_.end(), [&](const Visit& visit) { return visit.expert != first->expert; });
+    pending_.emplace_back(first, last);
+    first = last;
+  }
+  const std::uint64_t columns = shared + visits_.size();
+  kept_columns_ = columns <= kFewColumns ? columns : 0;
+  if (kept_columns_ != 0) grown<float>(kept_, columns * width_);
   do {
-    std::uint64_t columns = 0;
-    while (first != visits_.end()) {
-      const auto last = std::find_if(
-          first, visits_.end(), [&](const Visit& visit) { return visit.expert != first->expert; });
-      const std::span<const Visit> visits(first, last);
-      columns += visits.size();
-      const bool may_join = columns <= kColumnsTogether && tasks_.size() < kTasksTogether;
-      if (!tasks_.empty() && !may_join) break;
-      if (!take_expert(cache, layer, kind, visits)) break;
-      first = last;
-      if (decodes_) break;
+    if (kept_columns_ != 0) join_resident(cache, layer, kind, shared);
+    if (tasks_.empty()) {
+      take_expert(cache, layer, kind, pending_.front(), true);
+      tasks_.back().place = place_of(pending_.front(), shared);
+      pending_.erase(pending_.begin());
     }
     gather_columns(x);
     run_tasks(cache, layer);
-    tasks.clear();
-  } while (first != visits_.end());
+    forget_tasks();
+  } while (!pending_.empty());
+  if (kept_columns_ != 0) add_kept(shared);
 }
 
-// Makes a task of an expert. It waits for the expert only if there is nothing else to do; says
-// whether there is a task.
+// Experts that are in memory become tasks, and are pending no more.
+void Engine::join_resident(ExpertCache& cache, std::uint64_t layer, Gate kind,
+                           std::uint64_t shared) {
+  std::size_t left = 0;
+  for (const std::span<const Visit> visits : pending_) {
+    if (tasks_.size() < kTasksTogether && take_expert(cache, layer, kind, visits, false))
+      tasks_.back().place = place_of(visits, shared);
+    else
+      pending_[left++] = visits;
+  }
+  pending_.resize(left);
+}
+
+std::uint64_t Engine::place_of(std::span<const Visit> visits, std::uint64_t shared) const {
+  return shared + static_cast<std::uint64_t>(visits.data() - visits_.data());
+}
+
+// Makes a task of an expert, if it is in memory or may be waited for.
 bool Engine::take_expert(ExpertCache& cache, std::uint64_t layer, Gate kind,
-                         std::span<const Visit> visits) {
+                         std::span<const Visit> visits, bool waits) {
   const std::uint64_t expert = visits.front().expert;
   const std::size_t n = cache.num_matrices(layer, expert);
-  decodes_ = false;
+  bool decodes = false;  // before it multiplies, to where there is room for one expert
   for (std::size_t matrix = 0; matrix < n; ++matrix)
-    decodes_ =
-        decodes_ || !PackedMatrix::is_multiplied_packed(cache.spec(layer, expert, matrix).codec);
-  if (tasks_.empty())
+    decodes =
+        decodes || !PackedMatrix::is_multiplied_packed(cache.spec(layer, expert, matrix).codec);
+  if (waits)
     held_.push_back({cache.acquire(layer, expert), {}});
-  else if (decodes_)
-    return false;  // its weights go where those of others would
+  else if (decodes)
+    return false;
   else if (std::optional<Lease> lease = cache.try_acquire(layer, expert))
     held_.push_back({std::move(*lease), {}});
   else
@@ -227,20 +245,20 @@ void Engine::run_tasks(const ExpertCache& cache, std::uint64_t layer) {
     }
   };
   multiply_inner(tasks_, at_work);
-  add_outer(at_work);
+  multiply_outer(at_work);
 }
 
-// Adds `weight * down inner` to the totals of the tokens, each row by one thread, task by task.
+// The last products of the tasks: kept, or weighed and added to the totals of the tokens at once.
 template <class AtWork>
-void Engine::add_outer(const AtWork& at_work) {
-  const std::uint64_t hidden = tasks_.front().matrices.down->rows();
+void Engine::multiply_outer(const AtWork& at_work) {
   std::uint64_t unit = 1, weights = 0;
   for (const GatedTask& task : tasks_) {
     unit = std::lcm(unit, task.matrices.down->row_unit());
     weights += task.matrices.down->columns();
   }
   auto* total = reinterpret_cast<float*>(total_.data());
-  pool_->run(hidden, piece_rows(unit, weights),
+  auto* kept = kept_columns_ == 0 ? nullptr : reinterpret_cast<float*>(kept_.data());
+  pool_->run(width_, piece_rows(unit, weights),
              [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
                Multiplier& multiplier = *multipliers_[thread];
                const std::uint64_t rows = end - begin;
@@ -251,12 +269,25 @@ void Engine::add_outer(const AtWork& at_work) {
                                    static_cast<std::ptrdiff_t>(rows));
                  });
                  for (std::uint32_t c = 0; c < task.inner.count; ++c) {
+                   const float* from = values + c * rows;
                    const Visit& visit = task.visits[c];
-                   dot_.weigh(values + c * rows, rows, visit.weight,
-                              total + visit.token * hidden + begin);
+                   if (kept != nullptr)
+                     std::copy_n(from, rows, kept + (task.place + c) * width_ + begin);
+                   else
+                     dot_.weigh(from, rows, visit.weight, total + visit.token * width_ + begin);
                  }
                }
              });
+}
+
+// What was kept, in the order of the sum: the shared expert, then the others.
+void Engine::add_kept(std::uint64_t shared) {
+  const auto* kept = reinterpret_cast<const float*>(kept_.data());
+  auto* total = reinterpret_cast<float*>(total_.data());
+  for (std::uint64_t place = 0; place < kept_columns_; ++place) {
+    const Visit& visit = place < shared ? shared_visits_[place] : visits_[place - shared];
+    dot_.weigh(kept + place * width_, width_, visit.weight, total + visit.token * width_);
+  }
 }
 
 }  // namespace zipmoe

@@ -192,14 +192,23 @@ static void bind_layer(nb::module_& m) {
           [](HeldLayer* self, const nb::object& attention, const nb::object& moe,
              const Norm& before_attention, const Norm& before_moe) {
             HeldLayer held;
-            held.block = {&nb::cast<const HeldAttention&>(attention).block,
-                          &nb::cast<const HeldMoe&>(moe).block, *norm_of(before_attention),
-                          *norm_of(before_moe)};
+            held.block.attention = &nb::cast<const HeldAttention&>(attention).block;
+            held.block.moe = &nb::cast<const HeldMoe&>(moe).block;
+            held.block.before_attention = *norm_of(before_attention);
+            held.block.before_moe = *norm_of(before_moe);
             held.parts = {attention, moe};
             check(held.block);
             new (self) HeldLayer(std::move(held));
           },
           nb::kw_only(), "attention"_a, "moe"_a, "before_attention"_a, "before_moe"_a)
+      .def(
+          "followed_by",
+          [](HeldLayer& self, const nb::object& layer, std::uint64_t number) {
+            self.block.next = &nb::cast<const HeldLayer&>(layer).block;
+            self.block.next_number = number;
+            self.parts.push_back(layer);
+          },
+          "layer"_a, "number"_a)
       .def(
           "run",
           [](const HeldLayer& self, Engine& engine, const CacheHandle& cache, std::uint64_t number,

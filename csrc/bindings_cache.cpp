@@ -60,6 +60,8 @@ nb::dict counters_of(const CacheHandle& cache) {
   named["read_errors"] = counters.read_errors;
   named["wait_ns"] = counters.wait_ns;
   named["decode_ns"] = counters.decode_ns;
+  named["ahead_reads"] = counters.ahead_reads;
+  named["ahead_used"] = counters.ahead_used;
   return named;
 }
 
@@ -92,6 +94,13 @@ void bind_cache(nb::module_& m) {
           [](const CacheHandle& self, std::uint64_t layer, const Experts& experts) {
             nb::gil_scoped_release release;
             self->prefetch(layer, experts);
+          },
+          "layer"_a, "experts"_a)
+      .def(
+          "look_ahead",
+          [](const CacheHandle& self, std::uint64_t layer, const Experts& experts) {
+            nb::gil_scoped_release release;
+            self->look_ahead(layer, experts);
           },
           "layer"_a, "experts"_a)
       .def("decode", &decode_into, "layer"_a, "expert"_a, "matrix"_a, "out"_a.noconvert())

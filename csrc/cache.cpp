@@ -16,6 +16,9 @@ namespace {
 
 // What is neither slots nor tables: the ring, the stacks of the reader's threads as far as they are
 // used, requests under way, messages of errors.
+// Records under way while others are read ahead: the drive goes on with one while another is
+// verified.
+constexpr std::uint32_t kReadsAhead = 2;
 constexpr std::uint64_t kOverheadBytes = std::uint64_t{1} << 20;
 constexpr std::uint64_t kLeastSlots = 2;
 
@@ -80,7 +83,8 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
       allocated_bytes_(needed_bytes(table_, num_slots_)),
       owner_(getpid()),
       residency_(static_cast<std::uint32_t>(table_.records().size()), num_slots_),
-      reads_(num_slots_) {
+      reads_(num_slots_),
+      is_ahead_(num_slots_) {
   const ReaderChoice choice = reader_choice(options.reader);
   shards_.reserve(paths_.size());
   for (const std::string& path : paths_) shards_.emplace_back(path, choice.buffering);
@@ -127,7 +131,23 @@ void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> e
   residency_.list(records);
   for (const std::uint32_t record : records) count_visit(record);
   wanted_.assign(records.begin(), records.end());
+  ahead_.clear();
   start_wanted();
+}
+
+void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts) {
+  if (is_forked()) check_usable();
+  const Lock lock(mutex_);
+  check_usable();
+  ahead_.clear();
+  for (const std::uint64_t expert : experts) {
+    const std::uint32_t record = table_.find(layer, expert);
+    if (const auto slot = residency_.slot_of(record))
+      residency_.touch(*slot);
+    else
+      ahead_.push_back(record);
+  }
+  start_ahead();
 }
 
 Lease ExpertCache::acquire(std::uint64_t layer, std::uint64_t expert) {
@@ -230,7 +250,12 @@ bool ExpertCache::is_forked() const { return getpid() != owner_; }
 
 void ExpertCache::count_visit(std::uint32_t expert) {
   if (!residency_.begin_visit(expert)) return;
-  ++(residency_.slot_of(expert) ? counters_.hits : counters_.misses);
+  const auto slot = residency_.slot_of(expert);
+  ++(slot ? counters_.hits : counters_.misses);
+  if (slot && is_ahead_[*slot]) {
+    is_ahead_[*slot] = false;
+    ++counters_.ahead_used;
+  }
 }
 
 // Those of the latest list, in its order, as long as slots can be had without harm. A caller that
@@ -243,6 +268,21 @@ void ExpertCache::start_wanted() {
     if (to_read && !start_read(expert, Victim::idle)) return;
     wanted_.pop_front();
   }
+  start_ahead();
+}
+
+// Few at a time, so that what is wanted next waits for few.
+void ExpertCache::start_ahead() {
+  while (!ahead_.empty() && wanted_.empty() && num_slot_waiters_ == 0 &&
+         num_reading_ < kReadsAhead) {
+    const std::uint32_t expert = ahead_.front();
+    if (!residency_.slot_of(expert)) {
+      if (!start_read(expert, Victim::idle)) return;
+      is_ahead_[*residency_.slot_of(expert)] = true;
+      ++counters_.ahead_reads;
+    }
+    ahead_.pop_front();
+  }
 }
 
 bool ExpertCache::start_read(std::uint32_t expert, Victim victim) {
@@ -250,11 +290,14 @@ bool ExpertCache::start_read(std::uint32_t expert, Victim victim) {
   const auto slot = residency_.take(expert, victim);
   if (!slot) return false;
   reads_[*slot] = std::move(read);
+  is_ahead_[*slot] = false;
+  ++num_reading_;
   failed_.erase(expert);  // what went wrong before is tried again
   try {
     submit(*slot);
   } catch (...) {
     residency_.vacate(*slot);
+    --num_reading_;
     throw;
   }
   return true;
@@ -301,6 +344,7 @@ void ExpertCache::reader_failed(std::exception_ptr cause) noexcept {
 
 void ExpertCache::finish_read(std::uint32_t slot, std::optional<Failure> failure) {
   const std::shared_ptr<Read> read = std::exchange(reads_[slot], nullptr);
+  --num_reading_;
   if (failure) {
     if (read->num_waiters == 0) failed_.insert_or_assign(residency_.expert_in(slot), *failure);
     residency_.vacate(slot);

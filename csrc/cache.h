@@ -42,6 +42,8 @@ struct CacheCounters {
   std::uint64_t read_errors = 0;  // failed requests and wrong checksums, those cured by a retry too
   std::uint64_t wait_ns = 0;      // that callers spent waiting
   std::uint64_t decode_ns = 0;    // that callers spent decoding
+  std::uint64_t ahead_reads = 0;  // records read because `look_ahead` named them
+  std::uint64_t ahead_used = 0;   // of these, visited before they were dropped
 };
 
 class Lease;
@@ -67,6 +69,13 @@ class ExpertCache final : private ReadSink {
   // Starts reading those that are absent and goes on with them in the background as slots become
   // free. Never waits for a read; what goes wrong surfaces when the expert is asked for.
   void prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts);
+
+  // What may be wanted after that. It is read while the drive would be idle: when nothing of the
+  // latest `prefetch` waits for a read. Forgotten at the next `prefetch`. Those that are there are
+  // kept rather than others.
+  void look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts);
+  // True where there is room for all experts: nothing needs to be looked ahead for.
+  [[nodiscard]] bool holds_all() const { return num_slots_ == table_.records().size(); }
 
   // The record, read if need be, held in its slot until the lease ends. A thread that holds leases
   // on all slots must not ask for one more: nobody would ever free one. Throws FetchError or
@@ -124,6 +133,7 @@ class ExpertCache final : private ReadSink {
   bool start_read(std::uint32_t expert, Victim victim);
   void submit(std::uint32_t slot);
   void start_wanted();
+  void start_ahead();
   void finish_read(std::uint32_t slot, std::optional<Failure> failure);
   void wait(Lock& lock);
   std::uint32_t pin_resident(Lock& lock, std::uint32_t expert);
@@ -156,6 +166,9 @@ class ExpertCache final : private ReadSink {
   std::vector<std::shared_ptr<Read>> reads_;           // by slot
   std::unordered_map<std::uint32_t, Failure> failed_;  // by expert: reads that nobody waited for
   std::deque<std::uint32_t> wanted_;                   // of the latest list, not yet started
+  std::deque<std::uint32_t> ahead_;                    // of what may come after it
+  std::vector<bool> is_ahead_;                         // by slot: read ahead, not visited yet
+  std::uint32_t num_reading_ = 0;
   CacheCounters counters_;
   std::uint64_t num_users_ = 0;         // calls and leases under way
   std::uint64_t num_slot_waiters_ = 0;  // callers for whom no slot was left

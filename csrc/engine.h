@@ -112,6 +112,7 @@ class Engine {
                std::uint16_t* y, std::ptrdiff_t stride);
   void list_visits(const Routing& routing, std::uint64_t tokens);
   Routing route(const MoeBlock& block, const Columns& x);
+  Routing choose(const RouterRule& rule, const float* logits, std::uint64_t tokens);
   void begin_total(std::uint64_t width, std::uint64_t tokens);
   void round_total(std::uint64_t tokens, std::uint16_t* y, std::ptrdiff_t stride);
   void run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
@@ -131,8 +132,12 @@ class Engine {
   template <class AtWork>
   void multiply_outer(const AtWork& at_work);
   void add_kept(std::uint64_t shared);
-  void run_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
-               std::uint16_t* y, std::ptrdiff_t stride);
+  Columns ask_for_experts(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
+                          const Input& x);
+  void finish_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
+                  const Columns& columns, std::uint16_t* y, std::ptrdiff_t stride);
+  void look_ahead(ExpertCache& cache, const DecoderLayer& layer, const std::uint16_t* x,
+                  std::uint64_t tokens);
   void run_attention(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
   void normalise(const NormRule& rule, const std::uint16_t* x, std::uint64_t rows,
                  std::uint16_t* out);
@@ -150,7 +155,7 @@ class Engine {
   std::mutex mutex_;
   Attention attention_;
   std::vector<Visit> visits_;
-  std::vector<std::uint64_t> distinct_;
+  std::vector<std::uint64_t> distinct_, guesses_;
   std::vector<Router> routers_;  // by thread
   std::vector<std::int64_t> chosen_;
   std::vector<float> weights_;  // of the chosen
@@ -161,8 +166,8 @@ class Engine {
   std::uint64_t width_ = 0;                      // of what experts give
   std::uint64_t kept_columns_ = 0;  // whose results are kept; 0: they are added at once
   Buffer columns_, block_columns_, inner_, kept_, total_, decoded_[3], logits_;
-  Buffer heads_[3], attended_;  // queries, keys and values of new tokens; what attention gives
-  Buffer normed_, change_;      // states before and after a half of a layer
+  Buffer heads_[3], attended_;      // queries, keys and values of new tokens; what attention gives
+  Buffer ahead_, normed_, change_;  // states before and after a half of a layer
   std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0;
 };
 

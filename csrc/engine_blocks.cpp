@@ -68,7 +68,10 @@ void Engine::run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLa
   add(call.x, change, tokens, hidden, y);
   normalise(layer.before_moe, y, tokens, normed);
   const auto stride = static_cast<std::ptrdiff_t>(hidden);
-  run_moe(cache, number, *layer.moe, {normed, stride, tokens}, change, stride);
+  const Input states{normed, stride, tokens};
+  const Columns columns = ask_for_experts(cache, number, *layer.moe, states);
+  look_ahead(cache, layer, y, tokens);
+  finish_moe(cache, number, *layer.moe, states, columns, change, stride);
   add(y, change, tokens, hidden, y);
 }
 

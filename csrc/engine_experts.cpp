@@ -88,16 +88,23 @@ void Engine::experts(ExpertCache& cache, std::uint64_t layer, const Routing& rou
 void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
                  std::uint16_t* y, std::ptrdiff_t stride) {
   const Turn turn(*this);
-  run_moe(cache, layer, block, x, y, stride);
+  const Columns columns = ask_for_experts(cache, layer, block, x);
+  finish_moe(cache, layer, block, x, columns, y, stride);
 }
 
-void Engine::run_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block, const Input& x,
-                     std::uint16_t* y, std::ptrdiff_t stride) {
-  const std::uint64_t hidden = block.router->columns();
-  const Columns columns = ready_columns(x, hidden, block_columns_);
+// From the router on to reads under way; the columns are those of `x`, ready.
+Columns Engine::ask_for_experts(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
+                                const Input& x) {
+  const Columns columns = ready_columns(x, block.router->columns(), block_columns_);
   list_visits(route(block, columns), x.count);
   cache.prefetch(layer, distinct_);
-  begin_total(hidden, x.count);
+  return columns;
+}
+
+void Engine::finish_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
+                        const Input& x, const Columns& columns, std::uint16_t* y,
+                        std::ptrdiff_t stride) {
+  begin_total(block.router->columns(), x.count);
   const TaskList tasks(*this);
   if (block.shared) {
     // It comes first: while it is multiplied, others are read.
@@ -127,14 +134,40 @@ Routing Engine::route(const MoeBlock& block, const Columns& x) {
     products(std::array{block.router, block.shared_gate}, x, keep);
   else
     products(std::array{block.router}, x, keep);
-  chosen_.resize(x.count * rule.k);
-  weights_.resize(x.count * rule.k);
-  pool_->run(x.count, kPieceTokens, [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
+  return choose(rule, logits, x.count);
+}
+
+Routing Engine::choose(const RouterRule& rule, const float* logits, std::uint64_t tokens) {
+  chosen_.resize(tokens * rule.k);
+  weights_.resize(tokens * rule.k);
+  pool_->run(tokens, kPieceTokens, [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
     for (std::uint64_t t = begin; t < end; ++t)
-      routers_[thread].choose(rule, logits + t * experts, &chosen_[t * rule.k],
+      routers_[thread].choose(rule, logits + t * rule.num_experts, &chosen_[t * rule.k],
                               &weights_[t * rule.k]);
   });
-  return {chosen_.data(), weights_.data(), rule.k, experts};
+  return {chosen_.data(), weights_.data(), rule.k, rule.num_experts};
+}
+
+// States change little from layer to layer: what the next router makes of these is most of what it
+// will choose. Nothing of this layer's own visits is touched.
+void Engine::look_ahead(ExpertCache& cache, const DecoderLayer& layer, const std::uint16_t* x,
+                        std::uint64_t tokens) {
+  if (layer.next == nullptr || cache.holds_all()) return;
+  const PackedMatrix& router = *layer.next->moe->router;
+  const std::uint64_t hidden = router.columns(), experts = router.rows();
+  auto* normed = grown<std::uint16_t>(ahead_, tokens * hidden);
+  normalise(layer.next->before_moe, x, tokens, normed);
+  auto* logits = grown<float>(logits_, experts * tokens);
+  products(router,
+           ready_columns({normed, static_cast<std::ptrdiff_t>(hidden), tokens}, hidden, columns_),
+           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
+             std::copy_n(values, rows, logits + c * experts + begin);
+           });
+  const Routing routing = choose(layer.next->moe->rule, logits, tokens);
+  guesses_.assign(routing.experts, routing.experts + tokens * routing.k);
+  std::sort(guesses_.begin(), guesses_.end());
+  guesses_.erase(std::unique(guesses_.begin(), guesses_.end()), guesses_.end());
+  cache.look_ahead(layer.next_number, guesses_);
 }
 
 // Runs all visits, and what tasks_ holds already: the shared expert, for `shared` tokens.

@@ -64,6 +64,9 @@ struct DecoderLayer {
   const AttentionBlock* attention;
   const MoeBlock* moe;
   NormRule before_attention, before_moe;
+  // The layer after it, whose router is asked beforehand which experts it will want; null: unknown.
+  const DecoderLayer* next = nullptr;
+  std::uint64_t next_number = 0;  // of the experts of `next`
 };
 
 // Throw std::invalid_argument where the parts do not fit each other.

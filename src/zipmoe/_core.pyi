@@ -117,6 +117,8 @@ class ExpertCache:
         The others follow in the background as slots become free. What goes wrong surfaces at
         `decode` of that expert. A later list replaces this one.
         """
+    def look_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """Read these while the drive would be idle; forgotten at the next `prefetch`."""
     def decode(self, layer: int, expert: int, matrix: int, out: NDArray[Any]) -> None:
         """Decode one matrix into `out` [rows, columns] of its element size (rows may be strided).
 
@@ -124,6 +126,9 @@ class ExpertCache:
         """
     def counters(self) -> dict[str, int]:
         """hits, misses, bytes_read, evictions, read_errors, wait_ns, decode_ns since the start.
+
+        ahead_reads counts records that were read because `look_ahead` named them, ahead_used those
+        of them that were visited before they were dropped.
 
         Hits and misses count visits: one begins when `prefetch` lists an expert or, if it has not,
         when a matrix of it is decoded; it ends with the expert's last matrix. A hit found the
@@ -442,6 +447,9 @@ class DecoderLayer:
         before_attention: _Norm,
         before_moe: _Norm,
     ) -> None: ...
+    def followed_by(self, layer: DecoderLayer, number: int) -> None:
+        """Let it ask the next layer's router beforehand; number: of the experts of that layer."""
+
     def run(
         self, engine: Engine, cache: ExpertCache, number: int, x: int, out: int, step: _Step
     ) -> None:

@@ -6,6 +6,7 @@ whole layers. docs/decisions/0011-blocks-in-one-call.md says how they are known.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,12 +86,15 @@ def replace_blocks(model: nn.Module) -> tuple[list[NativeBlock], list[nn.Module]
         else:
             _put(model, name, native)
             replaced.append(native)
+    layers: list[NativeLayer] = []
     for name, module in list(model.named_modules()):
         layer = _native_layer(module)
         if layer is not None:
             _put(model, name, layer)
-            replaced.append(layer)
-    return replaced, left
+            layers.append(layer)
+    for layer, following in pairwise(layers):
+        layer.native.followed_by(following.native, following.mlp.layer)
+    return [*replaced, *layers], left
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,0 +1,148 @@
+"""Reading ahead: only while the drive would be idle, and never at the cost of what is wanted."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from families import families, write_checkpoint
+from invariance import alone, prompts
+from synthetic_shards import make_shards
+
+import zipmoe
+from zipmoe import layers
+from zipmoe._errors import CorruptError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+def wait_until(cache: Any, **counters: int) -> None:
+    """Until the counters have reached these values; fails after a while."""
+    for _ in range(2000):
+        now = cache.counters()
+        if all(now[name] >= value for name, value in counters.items()):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{cache.counters()} never became {counters}")
+
+
+def test_what_is_looked_ahead_for_is_read_and_then_found(shards: Any) -> None:
+    cache = shards.open(slots=4)
+    cache.look_ahead(1, [2, 3])
+    wait_until(cache, ahead_reads=2)
+    cache.prefetch(1, [2, 3])
+    for expert in (2, 3):
+        shards.check_expert(cache, 1, expert)
+    counters = cache.counters()
+    assert (counters["hits"], counters["misses"], counters["ahead_used"]) == (2, 0, 2)
+    cache.close()
+
+
+def test_a_wrong_guess_is_counted_and_makes_room(shards: Any) -> None:
+    cache = shards.open(slots=2)
+    cache.look_ahead(1, [0, 1])
+    wait_until(cache, ahead_reads=2)
+    cache.prefetch(0, [2, 3])
+    for expert in (2, 3):
+        shards.check_expert(cache, 0, expert)
+    counters = cache.counters()
+    assert (counters["misses"], counters["ahead_used"], counters["evictions"]) == (2, 0, 2)
+    cache.close()
+
+
+def test_what_is_wanted_now_is_not_dropped_for_a_guess(shards: Any) -> None:
+    cache = shards.open(slots=2)
+    cache.prefetch(0, [0, 1])  # both slots are awaited
+    cache.look_ahead(1, [0, 1, 2, 3])
+    time.sleep(0.2)
+    assert cache.counters()["ahead_reads"] == 0
+    shards.check_expert(cache, 0, 0)  # its slot may be taken now
+    wait_until(cache, ahead_reads=1)
+    shards.check_expert(cache, 0, 1)
+    assert cache.counters()["misses"] == 2
+    cache.close()
+
+
+def test_a_guess_that_is_there_is_kept_rather_than_others(shards: Any) -> None:
+    cache = shards.open(slots=3)
+    for expert in (0, 1, 2):  # 0 is the one used longest ago
+        shards.check_expert(cache, 0, expert)
+    cache.look_ahead(0, [0])
+    shards.check_expert(cache, 1, 0)
+    shards.check_expert(cache, 0, 0)
+    counters = cache.counters()
+    assert (counters["hits"], counters["misses"], counters["ahead_reads"]) == (1, 4, 0)
+    cache.close()
+
+
+def test_guesses_are_forgotten_when_something_else_is_wanted(shards: Any) -> None:
+    cache = shards.open(slots=2)
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        layer, experts = int(rng.integers(2)), rng.permutation(4)[:2].tolist()
+        cache.look_ahead(1 - layer, rng.permutation(4).tolist())
+        cache.prefetch(layer, experts)
+        cache.look_ahead(1 - layer, rng.permutation(4)[:2].tolist())
+        for expert in experts:
+            shards.check_expert(cache, layer, expert)
+    counters = cache.counters()
+    assert counters["ahead_used"] <= counters["ahead_reads"]
+    assert counters["hits"] + counters["misses"] == 400
+    cache.close()
+
+
+def test_a_guess_that_cannot_be_read_fails_nobody_but_who_asks_for_it(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, layers=1, experts=4)
+    path = next(tmp_path.glob("*.safetensors"))
+    cache = shards.open(slots=3)
+    with path.open("r+b") as file:  # the last expert's bytes
+        file.seek(path.stat().st_size - 4096)
+        file.write(b"\xff" * 4096)
+    cache.look_ahead(0, [3])
+    wait_until(cache, read_errors=1)
+    for expert in (0, 1, 2):
+        shards.check_expert(cache, 0, expert)
+    with pytest.raises(CorruptError):
+        shards.check_expert(cache, 0, 3)
+    shards.check_expert(cache, 0, 0)
+    cache.close()
+
+
+def test_looking_ahead_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = next(family for family in families() if family.name == "qwen3_moe")
+    write_checkpoint(family, tmp_path / "checkpoint", 0)
+    zipmoe.pack_checkpoint(tmp_path / "checkpoint", tmp_path / "store")
+    found = []
+    for looks in (True, False):
+        if not looks:
+            monkeypatch.setattr(layers, "pairwise", lambda _: [])
+        with pytest.raises(zipmoe.BudgetError) as caught:
+            zipmoe.load(tmp_path / "store", memory=1)
+        with zipmoe.load(tmp_path / "store", memory=caught.value.floor_bytes + (4 << 20)) as loaded:
+            loaded.runtime.source.cache.close()
+            loaded.runtime.source.cache = few_slots(loaded)
+            ids = prompts(loaded.model, 1)[0]
+            found.append([alone(loaded.model, ids[:count]) for count in (23, 1, 7)])
+            assert bool(loaded.runtime.cache.counters()["ahead_reads"]) == looks
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def few_slots(loaded: Any) -> Any:
+    """Make a cache that holds less than the experts of two layers."""
+    from zipmoe import _core  # noqa: PLC0415
+    from zipmoe.store import open_store  # noqa: PLC0415
+
+    with open_store(loaded.runtime.folder) as store:
+        paths, table = store.expert_table()
+    floor = _core.ExpertCache.floor_bytes(table)
+    return _core.ExpertCache(paths, table, capacity_bytes=3 * floor)

@@ -155,4 +155,6 @@ def few_slots(loaded: Any) -> Any:
     with open_store(loaded.runtime.folder) as store:
         paths, table = store.expert_table()
     floor = _core.ExpertCache.floor_bytes(table)
-    return _core.ExpertCache(paths, table, capacity_bytes=3 * floor)
+    cache = _core.ExpertCache(paths, table, capacity_bytes=floor + 100_000)
+    assert 4 <= cache.slots < len(table) // 3
+    return cache

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "read_meter.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -68,15 +69,28 @@ nb::dict counters_of(const CacheHandle& cache) {
 }  // namespace
 
 void bind_cache(nb::module_& m) {
+  m.def(
+      "measure_reads",
+      [](const std::string& path, const std::string& reader, std::size_t request_bytes,
+         unsigned depth, std::size_t record_bytes, double seconds) {
+        nb::gil_scoped_release release;
+        return measure_reads(path, reader_choice(reader), {request_bytes, depth}, record_bytes,
+                             seconds);
+      },
+      "path"_a, nb::kw_only(), "reader"_a, "request_bytes"_a, "depth"_a, "record_bytes"_a,
+      "seconds"_a);
   nb::class_<CacheHandle>(m, "ExpertCache")
       .def(
           "__init__",
           [](CacheHandle* self, std::vector<std::string> paths, const Table& matrices,
-             std::uint64_t capacity_bytes, std::string reader, std::string isa) {
-            new (self) CacheHandle(std::move(paths), numbers_of(matrices),
-                                   {capacity_bytes, std::move(reader), std::move(isa)});
+             std::uint64_t capacity_bytes, std::string reader, std::string isa,
+             std::size_t request_bytes, unsigned depth) {
+            CacheOptions options{capacity_bytes, std::move(reader), std::move(isa), {}};
+            if (request_bytes != 0) options.shape = {request_bytes, depth};
+            new (self) CacheHandle(std::move(paths), numbers_of(matrices), options);
           },
-          "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "reader"_a = "", "isa"_a = "")
+          "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "reader"_a = "", "isa"_a = "",
+          "request_bytes"_a = 0, "depth"_a = 0)
       .def_static(
           "floor_bytes",
           [](const Table& matrices) { return ExpertCache::floor_bytes(numbers_of(matrices)); },

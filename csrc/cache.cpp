@@ -16,9 +16,6 @@ namespace {
 
 // What is neither slots nor tables: the ring, the stacks of the reader's threads as far as they are
 // used, requests under way, messages of errors.
-// Records under way while others are read ahead: the drive goes on with one while another is
-// verified.
-constexpr std::uint32_t kReadsAhead = 2;
 constexpr std::uint64_t kOverheadBytes = std::uint64_t{1} << 20;
 constexpr std::uint64_t kLeastSlots = 2;
 
@@ -90,7 +87,7 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
   for (const std::string& path : paths_) shards_.emplace_back(path, choice.buffering);
   table_.check_inside(shards_);
   arena_ = Arena(slot_stride_ * num_slots_);
-  reader_ = make_reader(choice, *this);
+  reader_ = make_reader(choice, options.shape, *this);
   const bool direct = std::all_of(shards_.begin(), shards_.end(),
                                   [](const ShardFile& shard) { return shard.direct(); });
   reader_name_ = std::string(reader_->method()) + (direct ? "+direct" : "");
@@ -133,21 +130,6 @@ void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> e
   wanted_.assign(records.begin(), records.end());
   ahead_.clear();
   start_wanted();
-}
-
-void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts) {
-  if (is_forked()) check_usable();
-  const Lock lock(mutex_);
-  check_usable();
-  ahead_.clear();
-  for (const std::uint64_t expert : experts) {
-    const std::uint32_t record = table_.find(layer, expert);
-    if (const auto slot = residency_.slot_of(record))
-      residency_.touch(*slot);
-    else
-      ahead_.push_back(record);
-  }
-  start_ahead();
 }
 
 Lease ExpertCache::acquire(std::uint64_t layer, std::uint64_t expert) {
@@ -269,20 +251,6 @@ void ExpertCache::start_wanted() {
     wanted_.pop_front();
   }
   start_ahead();
-}
-
-// Few at a time, so that what is wanted next waits for few.
-void ExpertCache::start_ahead() {
-  while (!ahead_.empty() && wanted_.empty() && num_slot_waiters_ == 0 &&
-         num_reading_ < kReadsAhead) {
-    const std::uint32_t expert = ahead_.front();
-    if (!residency_.slot_of(expert)) {
-      if (!start_read(expert, Victim::idle)) return;
-      is_ahead_[*residency_.slot_of(expert)] = true;
-      ++counters_.ahead_reads;
-    }
-    ahead_.pop_front();
-  }
 }
 
 bool ExpertCache::start_read(std::uint32_t expert, Victim victim) {

@@ -32,6 +32,7 @@ struct CacheOptions {
   std::uint64_t capacity_bytes = 0;  // all that the cache may allocate
   std::string reader;                // see reader_choice; empty: the best that works
   std::string isa;                   // empty: the best of this machine
+  ReadShape shape;
 };
 
 struct CacheCounters {

@@ -91,16 +91,21 @@ ReaderChoice reader_choice(std::string_view name) {
       "+buffered, and the empty name chooses");
 }
 
-std::unique_ptr<Reader> make_reader(const ReaderChoice& choice, ReadSink& sink) {
+std::unique_ptr<Reader> make_reader(const ReaderChoice& choice, const ReadShape& shape,
+                                    ReadSink& sink) {
+  if (shape.depth > kMaxDepth || shape.request_bytes == 0 ||
+      shape.request_bytes > kMaxRequestBytes || shape.request_bytes % kReadAlignment != 0)
+    throw std::invalid_argument("requests of " + std::to_string(shape.request_bytes) + " bytes, " +
+                                std::to_string(shape.depth) + " at once");
   if (choice.uring) {
-    if (auto reader = make_uring_reader(sink)) return reader;
+    if (auto reader = make_uring_reader(shape, sink)) return reader;
     if (!choice.pread) {
       throw std::invalid_argument(
           "reader io_uring does not work here (built without liburing, or " +
           std::string("the system forbids it); use pread"));
     }
   }
-  return make_pread_reader(sink);
+  return make_pread_reader(shape, sink);
 }
 
 }  // namespace zipmoe

@@ -15,14 +15,15 @@ namespace zipmoe {
 
 // Offsets, lengths and addresses of reads are multiples of it: what O_DIRECT asks for on any drive.
 inline constexpr std::size_t kReadAlignment = 4096;
-// Reads are cut into requests of this size, and so many of them are kept under way. Of the pairs
-// tried on random records of 5.8 MB this was the fastest on the drive measured: 2.8 GB/s,
-// against 2.15 at depth 4, 2.66 at 16 x 512 KiB and 2.2 at 32 x 256 KiB
-// (docs/decisions/0005-reader.md).
-inline constexpr std::size_t kRequestBytes = std::size_t{1} << 20;
-inline constexpr unsigned kQueueDepth = 8;
-// Threads of the reader that has no ring: each keeps one request under way.
-inline constexpr unsigned kReaderThreads = 4;
+// How a drive is asked: reads are cut into requests of this size, and so many of them are kept
+// under way. Best measured for each drive (read_meter.h); what stands here was the fastest of those
+// tried on random records of 5.8 MB on one drive (docs/decisions/0005-reader.md).
+struct ReadShape {
+  std::size_t request_bytes = std::size_t{1} << 20;  // a multiple of kReadAlignment
+  unsigned depth = 0;                                // 0: 8 for a ring, 4 for threads
+};
+inline constexpr unsigned kMaxDepth = 64;
+inline constexpr std::size_t kMaxRequestBytes = std::size_t{16} << 20;
 
 enum class Buffering { if_needed, never, always };
 
@@ -99,9 +100,9 @@ class Reader {
 
 // The reader of a ring, or nullptr where this build or this system (an old kernel, a container that
 // forbids it) has none.
-std::unique_ptr<Reader> make_uring_reader(ReadSink& sink);
-// The reader of a few threads: works everywhere.
-std::unique_ptr<Reader> make_pread_reader(ReadSink& sink);
+std::unique_ptr<Reader> make_uring_reader(const ReadShape& shape, ReadSink& sink);
+// The reader of a few threads, each with one request under way: works everywhere.
+std::unique_ptr<Reader> make_pread_reader(const ReadShape& shape, ReadSink& sink);
 
 // What the caller asked for by name: "", "io_uring" or "pread", with "+direct" or "+buffered" to
 // insist.
@@ -112,7 +113,9 @@ struct ReaderChoice {
 };
 // Throws std::invalid_argument for any other name.
 ReaderChoice reader_choice(std::string_view name);
-// Throws std::invalid_argument where io_uring is insisted on and not to be had.
-std::unique_ptr<Reader> make_reader(const ReaderChoice& choice, ReadSink& sink);
+// Throws std::invalid_argument where io_uring is insisted on and not to be had, or for a shape that
+// no drive is asked in.
+std::unique_ptr<Reader> make_reader(const ReaderChoice& choice, const ReadShape& shape,
+                                    ReadSink& sink);
 
 }  // namespace zipmoe

@@ -13,11 +13,15 @@
 namespace zipmoe {
 namespace {
 
+constexpr unsigned kThreads = 4;
+
 class PreadReader final : public Reader {
  public:
-  explicit PreadReader(ReadSink& sink) : sink_(sink) {
+  PreadReader(const ReadShape& shape, ReadSink& sink)
+      : sink_(sink), requests_(shape.request_bytes) {
+    const unsigned threads = shape.depth == 0 ? kThreads : shape.depth;
     try {
-      for (unsigned i = 0; i < kReaderThreads; ++i) threads_.emplace_back([this] { run(); });
+      for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
     } catch (...) {
       stop();
       throw;
@@ -88,8 +92,8 @@ class PreadReader final : public Reader {
 
 }  // namespace
 
-std::unique_ptr<Reader> make_pread_reader(ReadSink& sink) {
-  return std::make_unique<PreadReader>(sink);
+std::unique_ptr<Reader> make_pread_reader(const ReadShape& shape, ReadSink& sink) {
+  return std::make_unique<PreadReader>(shape, sink);
 }
 
 }  // namespace zipmoe

@@ -1,11 +1,12 @@
-// The reader of a ring: one thread owns it, keeps kQueueDepth requests under way and sleeps in
-// between.
+// The reader of a ring: one thread owns it, keeps some requests under way and sleeps in between.
 #include "reader.h"
 
 #ifndef ZIPMOE_HAVE_URING
 
 namespace zipmoe {
-std::unique_ptr<Reader> make_uring_reader(ReadSink& /*sink*/) { return nullptr; }
+std::unique_ptr<Reader> make_uring_reader(const ReadShape& /*shape*/, ReadSink& /*sink*/) {
+  return nullptr;
+}
 }  // namespace zipmoe
 
 #else
@@ -15,7 +16,6 @@ std::unique_ptr<Reader> make_uring_reader(ReadSink& /*sink*/) { return nullptr; 
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include <array>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
@@ -25,6 +25,7 @@ std::unique_ptr<Reader> make_uring_reader(ReadSink& /*sink*/) { return nullptr; 
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "requests.h"
 
@@ -32,7 +33,8 @@ namespace zipmoe {
 namespace {
 
 // Tag of the request that waits for a wake-up; the others are places in under_way_.
-constexpr std::uint64_t kWakeUp = kQueueDepth;
+constexpr std::uint64_t kWakeUp = kMaxDepth;
+constexpr unsigned kDepth = 8;
 
 [[noreturn]] void fail(int error, const char* what) {
   throw std::system_error(error, std::generic_category(), what);
@@ -41,7 +43,7 @@ constexpr std::uint64_t kWakeUp = kQueueDepth;
 class Ring {
  public:
   // Two entries more than can be under way at once, the waking one included: a full ring cannot be.
-  Ring() : error_(-io_uring_queue_init(2 * kQueueDepth, &ring_, 0)) {}
+  explicit Ring(unsigned depth) : error_(-io_uring_queue_init(2 * depth, &ring_, 0)) {}
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
   ~Ring() {
@@ -135,9 +137,15 @@ class Reporter {
   std::thread thread_;             // last: it uses the others
 };
 
+unsigned depth_of(const ReadShape& shape) { return shape.depth == 0 ? kDepth : shape.depth; }
+
 class UringReader final : public Reader {
  public:
-  explicit UringReader(ReadSink& sink) : sink_(sink) {}
+  UringReader(const ReadShape& shape, ReadSink& sink)
+      : sink_(sink),
+        requests_(shape.request_bytes),
+        ring_(depth_of(shape)),
+        under_way_(depth_of(shape)) {}
   ~UringReader() override {
     if (!thread_.joinable()) return;
     {
@@ -251,7 +259,7 @@ class UringReader final : public Reader {
 
   // Only the reader's thread touches these.
   Ring ring_;
-  std::array<std::optional<Request>, kQueueDepth> under_way_;
+  std::vector<std::optional<Request> > under_way_;
   unsigned num_under_way_ = 0;
   bool armed_ = false;
 
@@ -261,8 +269,8 @@ class UringReader final : public Reader {
 
 }  // namespace
 
-std::unique_ptr<Reader> make_uring_reader(ReadSink& sink) {
-  auto reader = std::make_unique<UringReader>(sink);
+std::unique_ptr<Reader> make_uring_reader(const ReadShape& shape, ReadSink& sink) {
+  auto reader = std::make_unique<UringReader>(shape, sink);
   if (!reader->start()) return nullptr;
   return reader;
 }

@@ -30,7 +30,7 @@ std::optional<Request> Requests::next() {
     const std::size_t left = transfer->job.into.size() - transfer->issued;
     if (left == 0 || !transfer->result.ok()) continue;
     Request request{.transfer = transfer, .at = transfer->issued};
-    request.length = std::min(left, kRequestBytes);
+    request.length = std::min(left, request_bytes_);
     transfer->issued += request.length;
     ++transfer->num_unfinished;
     return request;

@@ -19,7 +19,7 @@ struct Transfer {
   ReadResult result;
 };
 
-// A piece of a job, at most kRequestBytes long.
+// A piece of a job.
 struct Request {
   std::list<Transfer>::iterator transfer;
   std::size_t at = 0;  // bytes from the job's start
@@ -41,6 +41,8 @@ struct Finished {
 // Requests are handed out in the order of their jobs; those to be tried again come first.
 class Requests {
  public:
+  explicit Requests(std::size_t request_bytes) : request_bytes_(request_bytes) {}
+
   void add(const ReadJob& job);
   // Nothing where all is handed out.
   std::optional<Request> next();
@@ -53,6 +55,7 @@ class Requests {
   static Verdict judge(Request& request, std::int64_t outcome);
   static Verdict judge_error(Request& request, int error);
 
+  std::size_t request_bytes_;
   std::list<Transfer> transfers_;
   std::deque<Request> again_;
 };

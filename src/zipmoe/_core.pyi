@@ -68,6 +68,16 @@ def decode(
     writes out of bounds, whatever the bytes.
     """
 
+def measure_reads(
+    path: str, *, reader: str, request_bytes: int, depth: int, record_bytes: int, seconds: float
+) -> float:
+    """Bytes a second of records read from anywhere in a file, a few of them under way.
+
+    reader: as for `ExpertCache`; request_bytes (a multiple of 4096), depth: requests and how many
+    at once. Raises FetchError where a read fails, ValueError for a reader that does not work here
+    and for a file shorter than a record.
+    """
+
 class ExpertCache:
     """Expert records kept compressed in memory: read on demand, verified, LRU.
 
@@ -89,9 +99,12 @@ class ExpertCache:
         capacity_bytes: int,
         reader: str = "",
         isa: str = "",
+        request_bytes: int = 0,
+        depth: int = 0,
     ) -> None:
         """capacity_bytes: all that it may allocate. reader "": io_uring if it works, else pread.
 
+        request_bytes, depth: requests to the drive and how many at once; 0: what is good on most.
         "io_uring" and "pread" insist on one; "+direct" or "+buffered" after it on how files are
         read. Raises BudgetError below `floor_bytes`, ValueError for names that are unknown or
         do not work here. A process must not fork while it holds a cache: the child's calls raise

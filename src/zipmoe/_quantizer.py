@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from zipmoe import _core, attention, budget, footprint, kv, packed
+from zipmoe import _core, attention, budget, footprint, hardware, kv, packed
 from zipmoe._errors import MismatchError, ZipmoeError
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
 from zipmoe.dense import PADDING, DenseFile
@@ -303,11 +303,22 @@ class ZipmoeQuantizer(HfQuantizer):
             runtime.in_parts = sorted({type(module).__name__ for module in left})
             kv.attach(model)
         runtime.source.cache = _core.ExpertCache(
-            self._paths, self._table, capacity_bytes=runtime.report.cache
+            self._paths, self._table, capacity_bytes=runtime.report.cache, **self._reading()
         )
         model.zipmoe = runtime
         weakref.finalize(model, runtime.close)
         return model
+
+    def _reading(self) -> dict[str, Any]:
+        """Say how the store's drive is read fastest, if that has been measured."""
+        drive = hardware.known_drive(Path(self._runtime.folder))
+        if drive is None:
+            return {}
+        return {
+            "reader": drive.reader,
+            "request_bytes": drive.request_bytes,
+            "depth": drive.depth,
+        }
 
     def is_serializable(self) -> bool:
         """Never: save_pretrained would write no experts. `zipmoe unpack` restores them."""

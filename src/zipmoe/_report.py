@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .generate import GenerateResult
+    from .hardware import Profile, Rate
     from .inspect import StoreSummary
     from .pack import PackReport
     from .verify import VerifyReport
@@ -74,6 +75,24 @@ def summary(found: StoreSummary) -> str:
 
 def _reasons(raw: list[tuple[str, str]]) -> list[tuple[str, int]]:
     return Counter(why for _, why in raw).most_common()
+
+
+def profiled(found: Profile) -> str:
+    """Say how fast a machine is."""
+    core, drive = found.core, found.drive
+    how = f"{drive.depth} requests of {drive.request_bytes >> 10} KiB at once"
+    lines = [
+        f"drive      {_rate(drive.read_bytes_s)}, by {drive.reader}, {how}",
+        f"multiply   {core.workers} threads, {core.isa}, one token, weights as BF16",
+    ]
+    lines += [f"  {codec:<9}{_rate(rate)}" for codec, rate in core.multiply_bytes_s.items()]
+    lines += [f"  many tokens {core.flops.median / 1e9:.0f} GFLOPS", "decode     one thread"]
+    lines += [f"  {codec:<9}{_rate(rate)}" for codec, rate in core.decode_bytes_s.items()]
+    return "\n".join(lines)
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.median / 1e9:.2f} GB/s ({rate.least / 1e9:.2f} to {rate.most / 1e9:.2f})"
 
 
 def measured(result: GenerateResult) -> str:

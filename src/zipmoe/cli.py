@@ -225,6 +225,36 @@ def inspect(store: Store, *, as_json: Json = False) -> None:
 
 
 @app.command()
+def profile(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A store, or any folder on the drive.")
+    ] = Path(),
+    *,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again, whatever is known.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine: how fast it reads, decodes and multiplies.
+
+    Takes half a minute the first time, and is remembered for this processor and this drive. The
+    fastest way of reading is used from then on. Nothing else should be running.
+
+    \b
+    Example:
+      zipmoe profile my-store
+    """
+    from ._report import profiled
+    from .hardware import profile as measured
+
+    terminal = Terminal(as_json=as_json)
+    with reporting(terminal), terminal.progress("measuring") as progress:
+        found = measured(folder, refresh=refresh, progress=progress)
+    terminal.document(asdict(found))
+    terminal.write(f"{profiled(found)}\n")
+
+
+@app.command()
 def generate(
     store: Store,
     *,

@@ -1,0 +1,45 @@
+// The expert cache's second queue: what may be wanted next.
+#include <deque>
+#include <optional>
+
+#include "cache.h"
+
+namespace zipmoe {
+namespace {
+
+// Records under way while others are read ahead: the drive goes on with one while another is
+// verified.
+constexpr std::uint32_t kReadsAhead = 2;
+
+}  // namespace
+
+void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts) {
+  if (is_forked()) check_usable();
+  const Lock lock(mutex_);
+  check_usable();
+  ahead_.clear();
+  for (const std::uint64_t expert : experts) {
+    const std::uint32_t record = table_.find(layer, expert);
+    if (const auto slot = residency_.slot_of(record))
+      residency_.touch(*slot);
+    else
+      ahead_.push_back(record);
+  }
+  start_ahead();
+}
+
+// Few at a time, so that what is wanted next waits for few.
+void ExpertCache::start_ahead() {
+  while (!ahead_.empty() && wanted_.empty() && num_slot_waiters_ == 0 &&
+         num_reading_ < kReadsAhead) {
+    const std::uint32_t expert = ahead_.front();
+    if (!residency_.slot_of(expert)) {
+      if (!start_read(expert, Victim::idle)) return;
+      is_ahead_[*residency_.slot_of(expert)] = true;
+      ++counters_.ahead_reads;
+    }
+    ahead_.pop_front();
+  }
+}
+
+}  // namespace zipmoe

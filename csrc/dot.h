@@ -19,7 +19,7 @@
 namespace zipmoe {
 
 inline constexpr std::size_t kSums = 16;           // per output
-inline constexpr std::uint32_t kCodedColumns = 4;  // the most that `coded*` take at once
+inline constexpr std::uint32_t kCodedColumns = 4;  // the most that any `coded*` take at once
 inline constexpr std::uint32_t kPanelColumns = 6;  // the most that `panel` takes at once
 
 // The columns to multiply with. Readable and 0 from the last weight to the next multiple of 64.
@@ -46,8 +46,11 @@ struct Ahead {
 enum class Gate : std::uint8_t { silu, gelu, gelu_tanh, relu, relu2 };
 
 struct DotKernels {
-  // A whole block of 2, 3 or 4-bit codes times 1 to kCodedColumns columns. Return how many escapes
-  // were consumed. Null where decoding into a panel first is as good.
+  // The most columns that `coded*` take at once, up to kCodedColumns: beyond it, decoding into a
+  // panel first is as good. 0 where there is no `coded*`.
+  std::uint32_t coded_columns;
+  // A whole block of 2, 3 or 4-bit codes times a few columns. Return how many escapes were
+  // consumed.
   std::size_t (*coded2)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
                         const Columns& x, const Sums& sums);
   std::size_t (*coded3)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,

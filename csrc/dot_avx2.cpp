@@ -1,43 +1,154 @@
 // The products for AVX2 with FMA: the 16 sums of an output are two vectors.
 #include "dot_pointwise.h"
+#include "lookup_avx2.h"
 #include "sums_avx2.h"
 
 namespace zipmoe {
 namespace {
 
-using u16 = std::uint16_t;
+// Of 16 words, those of even and of odd numbers, widened.
+struct Halves {
+  __m256 even, odd;
+  [[gnu::always_inline]] explicit Halves(__m256i words)
+      : even(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))),
+        odd(_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536)))) {}
+};
 
-// Four rows times one column: eight vectors of sums, which leaves room for the operands.
-void panel_column(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const u16* x,
-                  float* sums, bool begin) {
-  __m256 low[4], high[4];
-  for (unsigned r = 0; r < 4; ++r) {
-    low[r] = begin ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + kSums * r);
-    high[r] = begin ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + kSums * r + 8);
-  }
-  for (std::uint32_t column = 0; column < width; column += 32) {
-    const Widened values(x + column);
+ZIPMOE_INLINE __m256 add(__m256 sums, const Halves& weights, const Halves& values) {
+  return _mm256_fmadd_ps(weights.odd, values.odd, _mm256_fmadd_ps(weights.even, values.even, sums));
+}
+
+// Eight of the 16 sums of four rows.
+struct FourRows {
+  __m256 at[4];
+  [[gnu::always_inline]] FourRows(const float* sums, bool begin) {
 #pragma GCC unroll 4
-    for (unsigned r = 0; r < 4; ++r) {
-      const Widened weights(rows + r * stride + column);
-      low[r] = _mm256_fmadd_ps(weights.low_even, values.low_even, low[r]);
-      low[r] = _mm256_fmadd_ps(weights.low_odd, values.low_odd, low[r]);
-      high[r] = _mm256_fmadd_ps(weights.high_even, values.high_even, high[r]);
-      high[r] = _mm256_fmadd_ps(weights.high_odd, values.high_odd, high[r]);
-    }
+    for (unsigned r = 0; r < 4; ++r)
+      at[r] = begin ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + kSums * r);
   }
+  [[gnu::always_inline]] void store(float* sums) const {
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < 4; ++r) _mm256_storeu_ps(sums + kSums * r, at[r]);
+  }
+};
+
+ZIPMOE_INLINE __m256i rotated(__m256i words) {
+  return _mm256_or_si256(_mm256_srli_epi16(words, 1), _mm256_slli_epi16(words, 15));
+}
+
+// Half of a group of each of four rows: interleaved, 32 bytes are the weights 0 to 15 and 32 to 47
+// from `x` on, each EEEEEEEE MMMMMMM S: one rotation is missing.
+ZIPMOE_INLINE void add_half(FourRows& sums, const u8* sign_mantissa, const u8* exponents,
+                            const u16* x) {
+  const Halves first(load256(x)), second(load256(x + 32));
+#pragma GCC unroll 4
   for (unsigned r = 0; r < 4; ++r) {
-    _mm256_storeu_ps(sums + kSums * r, low[r]);
-    _mm256_storeu_ps(sums + kSums * r + 8, high[r]);
+    const __m256i low = load256(sign_mantissa + r * kGroup);
+    const __m256i high = load256(exponents + r * kGroup);
+    sums.at[r] = add(sums.at[r], Halves(rotated(_mm256_unpacklo_epi8(low, high))), first);
+    sums.at[r] = add(sums.at[r], Halves(rotated(_mm256_unpackhi_epi8(low, high))), second);
   }
 }
 
-void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
-           const Sums& sums, const Ahead&) {
-  for (std::uint32_t c = 0; c < x.count; ++c)
-    panel_column(rows, stride, width, x.data + c * x.stride,
-                 sums.data + static_cast<std::ptrdiff_t>(c) * sums.stride * std::ptrdiff_t{kSums},
-                 sums.begin);
+// Exponents go through the first cache, a strip at a time, because escapes are stored there one by
+// one; they become BF16 in registers.
+template <unsigned kBits>
+std::size_t coded(const CodedBlock& block, u32 height, u32 width, const Columns& x,
+                  const Sums& sums) {
+  constexpr u32 kStripColumns = 512;
+  alignas(64) u8 strip[4 * kStripColumns + kVectorSlack];
+  ExponentReader<kBits> exponents(block.codes, block.table, block.escapes);
+  const u8* sign_mantissa = block.sign_mantissa;
+  float* out = sums.data;
+  for (u32 row = 0; row < height; row += 4, out += 4 * kSums) {
+    FourRows low(out, sums.begin), high(out + 8, sums.begin);
+    for (u32 begin = 0; begin < width; begin += kStripColumns) {
+      const u32 end = width - begin < kStripColumns ? width : begin + kStripColumns;
+      for (u32 i = 0; i < 4 * (end - begin); i += kGroup) exponents.next(strip + i);
+      const u8* from = strip;
+      for (u32 k = begin; k < end; k += kGroup) {
+        add_half(low, sign_mantissa, from, x.data + k);
+        add_half(high, sign_mantissa + 32, from + 32, x.data + k + 16);
+        sign_mantissa += 4 * kGroup;
+        from += 4 * kGroup;
+      }
+    }
+    low.store(out);
+    high.store(out + 8);
+  }
+  return exponents.used();
+}
+
+// One column waits for memory, and memory is quickest in one run: row after row.
+void one_column(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x,
+                const Sums& sums) {
+  for (unsigned r = 0; r < 4; ++r) {
+    float* out = sums.data + kSums * r;
+    const u16* row = rows + r * stride;
+    __m256 low = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out);
+    __m256 high = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out + 8);
+    for (u32 k = 0; k < width; k += 32) {
+      low = add(low, Halves(load256(row + k)), Halves(load256(x.data + k)));
+      high = add(high, Halves(load256(row + k + 16)), Halves(load256(x.data + k + 16)));
+    }
+    _mm256_storeu_ps(out, low);
+    _mm256_storeu_ps(out + 8, high);
+  }
+}
+
+// Eight sums of four rows times a few columns: as many vectors as there are registers for.
+template <unsigned kColumns>
+void tile(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums) {
+  const std::ptrdiff_t step = sums.stride * static_cast<std::ptrdiff_t>(kSums);
+  __m256 at[kColumns][4];
+#pragma GCC unroll 4
+  for (unsigned c = 0; c < kColumns; ++c)
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < 4; ++r)
+      at[c][r] =
+          sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(sums.data + c * step + kSums * r);
+  for (u32 k = 0; k < width; k += 32) {
+    __m256 values[kColumns];
+#pragma GCC unroll 4
+    for (unsigned c = 0; c < kColumns; ++c)
+      values[c] = Halves(load256(x.data + c * x.stride + k)).even;
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < 4; ++r) {
+      const __m256 weights = Halves(load256(rows + r * stride + k)).even;
+#pragma GCC unroll 4
+      for (unsigned c = 0; c < kColumns; ++c)
+        at[c][r] = _mm256_fmadd_ps(weights, values[c], at[c][r]);
+    }
+#pragma GCC unroll 4
+    for (unsigned c = 0; c < kColumns; ++c)
+      values[c] = Halves(load256(x.data + c * x.stride + k)).odd;
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < 4; ++r) {
+      const __m256 weights = Halves(load256(rows + r * stride + k)).odd;
+#pragma GCC unroll 4
+      for (unsigned c = 0; c < kColumns; ++c)
+        at[c][r] = _mm256_fmadd_ps(weights, values[c], at[c][r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (unsigned c = 0; c < kColumns; ++c)
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < 4; ++r) _mm256_storeu_ps(sums.data + c * step + kSums * r, at[c][r]);
+}
+
+void panel(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums,
+           const Ahead&) {
+  if (x.count == 1) return one_column(rows, stride, width, x, sums);
+  static constexpr decltype(&tile<1>) kByColumns[] = {tile<1>, tile<2>, tile<3>};
+  const std::uint32_t tiles = (x.count + 2) / 3;
+  for (u32 i = 0; i < tiles; ++i) {
+    const u32 first = x.count * i / tiles, count = x.count * (i + 1) / tiles - first;
+    for (unsigned half = 0; half < 16; half += 8) {
+      const Columns few{x.data + first * x.stride + 2 * half, x.stride, count};
+      float* out = sums.data + static_cast<std::ptrdiff_t>(first * kSums) * sums.stride + half;
+      kByColumns[count - 1](rows + 2 * half, stride, width, few, {out, sums.stride, sums.begin});
+    }
+  }
 }
 
 void reduce(const float* sums, std::size_t n, float* out) {
@@ -48,9 +159,10 @@ void reduce(const float* sums, std::size_t n, float* out) {
 }  // namespace
 
 const DotKernels kAvx2Dot{
-    .coded2 = nullptr,
-    .coded3 = nullptr,
-    .coded4 = nullptr,
+    .coded_columns = 1,
+    .coded2 = coded<2>,
+    .coded3 = coded<3>,
+    .coded4 = coded<4>,
     .panel = panel,
     .reduce = reduce,
     .round = round_values,

@@ -171,6 +171,7 @@ void reduce(const float* sums, std::size_t n, float* out) {
 template <class Multiply>
 constexpr DotKernels avx512_kernels() {
   return {
+      .coded_columns = kCodedColumns,
       .coded2 = coded<Multiply, 2>,
       .coded3 = coded<Multiply, 3>,
       .coded4 = coded<Multiply, 4>,

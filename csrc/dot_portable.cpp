@@ -39,6 +39,7 @@ void reduce(const float* sums, std::size_t n, float* out) {
 }  // namespace
 
 const DotKernels kPortableDot{
+    .coded_columns = 0,
     .coded2 = nullptr,
     .coded3 = nullptr,
     .coded4 = nullptr,

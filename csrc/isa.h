@@ -9,7 +9,7 @@ namespace zipmoe {
 enum class Isa { portable, avx2, avx512, avx512bf16 };
 
 // The best one of this machine. avx512 means F, BW, VL, VBMI and VBMI2 together, avx512bf16 adds
-// BF16 (products only: codecs have no use for it); avx2 includes BMI2 and FMA.
+// BF16 (products only: codecs have no use for it); avx2 includes BMI, BMI2 and FMA.
 Isa best_isa();
 // All that this machine can run, best first; never empty.
 std::vector<Isa> available_isas();

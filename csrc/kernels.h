@@ -34,7 +34,8 @@ struct CodedBlock {
 };
 
 struct Kernels {
-  // Undo n codes of 2 (3) bits: table lookups, escapes inserted. Whole groups are written to `out`.
+  // Undo n codes of 2 (3) bits: table lookups, escapes inserted. Whole groups are written to `out`,
+  // and up to kVectorSlack beyond.
   // Return how many escapes were consumed: at most n.
   std::size_t (*unrank2)(const std::uint8_t* codes, std::size_t n, const std::uint8_t* table,
                          const std::uint8_t* escapes, std::uint8_t* out);

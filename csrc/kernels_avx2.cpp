@@ -1,52 +1,27 @@
 // The kernels for AVX2 with BMI2: a group of 64 weights is two vectors.
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "lookup_avx2.h"
 
 namespace zipmoe {
 namespace {
 
-using u8 = std::uint8_t;
-using u16 = std::uint16_t;
-using u32 = std::uint32_t;
-using u64 = std::uint64_t;
+// Exponents that are read before they are merged: four rows of 512, in the first cache.
+constexpr u32 kStripColumns = 512;
 
-constexpr std::size_t kGroup = 64;
-
-// The compiler's own threshold leaves the inner loop's parts as calls: half the speed.
-#define ZIPMOE_INLINE [[gnu::always_inline]] inline
-
-template <unsigned kBits>
-constexpr std::size_t kGroupBytes = kBits * kGroup / 8;
-
-// A group's 64 bytes.
-struct Pair {
-  __m256i low, high;
-};
-
-__m128i load128(const u8* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
-__m256i load256(const u8* from) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+ZIPMOE_INLINE __m128i load64(const u8* from) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
 }
-__m128i load64(const u8* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
-void store256(u8* to, __m256i bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes); }
 
-// Shuffles of 8 bytes, by a mask of the bytes concerned. AVX2 has no expand and no compress; pdep
-// and pext would do, but are very slow on the older processors that have nothing better than AVX2.
+// Shuffles of 8 bytes, by a mask of the bytes concerned: those are moved together.
 struct Shuffles {
-  alignas(64) u8 expand[256][8];    // the next stream byte where the mask is set, else 0
-  alignas(64) u8 compress[256][8];  // the masked bytes, moved together
+  alignas(64) u8 compress[256][8];
 };
 
 constexpr Shuffles make_shuffles() {
   Shuffles shuffles{};
   for (unsigned mask = 0; mask < 256; ++mask) {
     unsigned set = 0;
-    for (unsigned bit = 0; bit < 8; ++bit) {
-      const bool is_set = ((mask >> bit) & 1U) != 0;
-      shuffles.expand[mask][bit] = is_set ? static_cast<u8>(set) : u8{0x80};
-      if (is_set) shuffles.compress[mask][set++] = static_cast<u8>(bit);
-    }
+    for (unsigned bit = 0; bit < 8; ++bit)
+      if (((mask >> bit) & 1U) != 0) shuffles.compress[mask][set++] = static_cast<u8>(bit);
     for (; set < 8; ++set) shuffles.compress[mask][set] = 0x80;
   }
   return shuffles;
@@ -54,100 +29,12 @@ constexpr Shuffles make_shuffles() {
 
 constexpr Shuffles kShuffles = make_shuffles();
 
-ZIPMOE_INLINE unsigned bits_below(u64 mask, unsigned bit) {
-  return static_cast<unsigned>(_mm_popcnt_u64(_bzhi_u64(mask, bit)));
-}
-
-// 16 bytes from bit `kFirst` of the mask on: stream bytes where it is set, else 0.
-template <unsigned kFirst>
-ZIPMOE_INLINE __m128i expand16(u64 mask, const u8* stream) {
-  const __m128i low = _mm_shuffle_epi8(load64(stream + bits_below(mask, kFirst)),
-                                       load64(kShuffles.expand[(mask >> kFirst) & 255]));
-  const __m128i high = _mm_shuffle_epi8(load64(stream + bits_below(mask, kFirst + 8)),
-                                        load64(kShuffles.expand[(mask >> (kFirst + 8)) & 255]));
-  return _mm_unpacklo_epi64(low, high);
-}
-
-ZIPMOE_INLINE Pair expand(u64 mask, const u8* stream) {
-  return {_mm256_set_m128i(expand16<16>(mask, stream), expand16<0>(mask, stream)),
-          _mm256_set_m128i(expand16<48>(mask, stream), expand16<32>(mask, stream))};
-}
-
-ZIPMOE_INLINE u64 mask_of(__m256i low, __m256i high) {
-  return static_cast<u32>(_mm256_movemask_epi8(low)) |
-         (static_cast<u64>(static_cast<u32>(_mm256_movemask_epi8(high))) << 32);
-}
-
-// 4 where the bit is set, else 0, for 32 bits.
-ZIPMOE_INLINE __m256i fours(u32 bits) {
-  const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
-                                           0x0101010101010101, 0x0000000000000000);
-  const __m256i single = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ULL));
-  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), spread);
-  const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, single), single);
-  return _mm256_and_si256(is_set, _mm256_set1_epi8(4));
-}
-
-ZIPMOE_INLINE Pair codes2(const u8* group) {
-  const __m256i bytes = _mm256_broadcastsi128_si256(load128(group));
-  const __m256i three = _mm256_set1_epi8(3);
-  const __m256i low = _mm256_srlv_epi32(bytes, _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0));
-  const __m256i high = _mm256_srlv_epi32(bytes, _mm256_set_epi32(6, 6, 6, 6, 4, 4, 4, 4));
-  return {_mm256_and_si256(low, three), _mm256_and_si256(high, three)};
-}
-
-template <unsigned kBits>
-ZIPMOE_INLINE Pair codes_of(const u8* group) {
-  if constexpr (kBits == 2) return codes2(group);
-  if constexpr (kBits == 3) {
-    u64 high;
-    __builtin_memcpy(&high, group + 16, sizeof high);
-    const Pair low = codes2(group);
-    return {_mm256_or_si256(low.low, fours(static_cast<u32>(high))),
-            _mm256_or_si256(low.high, fours(static_cast<u32>(high >> 32)))};
-  }
-  const __m256i bytes = load256(group), mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
-}
-
-// A level's table, 0 for the escape, so that escapes can be or-ed in.
-template <unsigned kBits>
-__m256i table_of(const u8* table) {
-  constexpr std::size_t kEntries = (std::size_t{1} << kBits) - 1;
-  alignas(16) u8 entries[16] = {};
-  __builtin_memcpy(entries, table, kEntries);
-  return _mm256_broadcastsi128_si256(load128(entries));
-}
-
-// Exponents of one group; `next` moves over the escapes among the first `used` codes.
-template <unsigned kBits>
-ZIPMOE_INLINE Pair exponents_of(const u8* group, __m256i table, unsigned used, const u8*& next) {
-  const __m256i escape = _mm256_set1_epi8((1 << kBits) - 1);
-  const Pair codes = codes_of<kBits>(group);
-  Pair exponents{_mm256_shuffle_epi8(table, codes.low), _mm256_shuffle_epi8(table, codes.high)};
-  u64 escaped =
-      mask_of(_mm256_cmpeq_epi8(codes.low, escape), _mm256_cmpeq_epi8(codes.high, escape));
-  if (used < kGroup) escaped = _bzhi_u64(escaped, used);
-  // With 4 bits hardly a group has an escape: a branch is cheaper than the expansion.
-  if (kBits == 4 && __builtin_expect(escaped == 0, 1)) return exponents;
-  const Pair inserted = expand(escaped, next);
-  next += _mm_popcnt_u64(escaped);
-  exponents.low = _mm256_or_si256(exponents.low, inserted.low);
-  exponents.high = _mm256_or_si256(exponents.high, inserted.high);
-  return exponents;
-}
-
 template <unsigned kBits>
 std::size_t unrank(const u8* codes, std::size_t n, const u8* table, const u8* escapes, u8* out) {
-  const __m256i entries = table_of<kBits>(table);
-  const u8* next = escapes;
-  for (std::size_t i = 0; i < n; i += kGroup, codes += kGroupBytes<kBits>) {
-    const auto used = static_cast<unsigned>(n - i < kGroup ? n - i : kGroup);
-    const Pair exponents = exponents_of<kBits>(codes, entries, used, next);
-    store256(out + i, exponents.low);
-    store256(out + i + 32, exponents.high);
-  }
-  return static_cast<std::size_t>(next - escapes);
+  ExponentReader<kBits> exponents(codes, table, escapes);
+  for (std::size_t i = 0; i < n; i += kGroup)
+    exponents.next(out + i, static_cast<unsigned>(n - i < kGroup ? n - i : kGroup));
+  return exponents.used();
 }
 
 template <bool kStream>
@@ -162,36 +49,39 @@ ZIPMOE_INLINE void store_rotated(__m256i interleaved, u16* out) {
 
 // BF16 words of a group. Interleaved, a weight reads EEEEEEEE MMMMMMM S: one rotation is missing.
 template <bool kStream>
-ZIPMOE_INLINE void store_merged(const u8* sign_mantissa, Pair exponents, u16* out) {
+ZIPMOE_INLINE void store_merged(const u8* sign_mantissa, const u8* exponents, u16* out) {
   const __m256i low = load256(sign_mantissa), high = load256(sign_mantissa + 32);
-  store_rotated<kStream>(_mm256_unpacklo_epi8(low, exponents.low), out);
-  store_rotated<kStream>(_mm256_unpacklo_epi8(high, exponents.high), out + 16);
-  store_rotated<kStream>(_mm256_unpackhi_epi8(low, exponents.low), out + 32);
-  store_rotated<kStream>(_mm256_unpackhi_epi8(high, exponents.high), out + 48);
+  const __m256i low_exponents = load256(exponents), high_exponents = load256(exponents + 32);
+  store_rotated<kStream>(_mm256_unpacklo_epi8(low, low_exponents), out);
+  store_rotated<kStream>(_mm256_unpacklo_epi8(high, high_exponents), out + 16);
+  store_rotated<kStream>(_mm256_unpackhi_epi8(low, low_exponents), out + 32);
+  store_rotated<kStream>(_mm256_unpackhi_epi8(high, high_exponents), out + 48);
 }
 
-// Calls body(group's number, its place in the target) in the order of the format.
-template <class Body>
-ZIPMOE_INLINE void each_group(BlockTarget target, const Body& body) {
-  std::size_t group = 0;
-  u16* panel = target.out;
-  for (u32 row = 0; row < target.height; row += 4, panel += 4 * target.stride)
-    for (u32 column = 0; column < target.width; column += kGroup) {
-      u16* out = panel + column;
-      for (unsigned k = 0; k < 4; ++k, out += target.stride) body(group++, out);
-    }
+// The groups of some columns of four rows, in the order of the format.
+template <bool kStream>
+ZIPMOE_INLINE void merge_columns(const u8* sign_mantissa, const u8* exponents, u32 columns,
+                                 u16* out, std::ptrdiff_t stride) {
+  for (u32 column = 0; column < columns; column += kGroup)
+    for (unsigned k = 0; k < 4; ++k, sign_mantissa += kGroup, exponents += kGroup)
+      store_merged<kStream>(sign_mantissa, exponents, out + k * stride + column);
 }
 
 template <unsigned kBits, bool kStream>
-std::size_t merge_block(CodedBlock block, const BlockTarget& target) {
-  const __m256i entries = table_of<kBits>(block.table);
-  const u8* next = block.escapes;
-  each_group(target, [&](std::size_t group, u16* out) __attribute__((always_inline)) {
-    const Pair exponents =
-        exponents_of<kBits>(block.codes + group * kGroupBytes<kBits>, entries, kGroup, next);
-    store_merged<kStream>(block.sign_mantissa + group * kGroup, exponents, out);
-  });
-  return static_cast<std::size_t>(next - block.escapes);
+std::size_t merge_block(const CodedBlock& block, const BlockTarget& target) {
+  alignas(64) u8 strip[4 * kStripColumns + kVectorSlack];
+  ExponentReader<kBits> exponents(block.codes, block.table, block.escapes);
+  const u8* sign_mantissa = block.sign_mantissa;
+  u16* panel = target.out;
+  for (u32 row = 0; row < target.height; row += 4, panel += 4 * target.stride)
+    for (u32 column = 0; column < target.width; column += kStripColumns) {
+      const u32 rest = target.width - column;
+      const u32 columns = rest < kStripColumns ? rest : kStripColumns;
+      for (u32 i = 0; i < 4 * columns; i += kGroup) exponents.next(strip + i);
+      merge_columns<kStream>(sign_mantissa, strip, columns, panel + column, target.stride);
+      sign_mantissa += 4 * columns;
+    }
+  return exponents.used();
 }
 
 template <unsigned kBits>
@@ -202,10 +92,12 @@ std::size_t merge(const CodedBlock& block, const BlockTarget& target) {
 
 template <bool kStream>
 void merge8_block(const u8* sign_mantissa, const u8* exponents, const BlockTarget& target) {
-  each_group(target, [&](std::size_t group, u16* out) __attribute__((always_inline)) {
-    const u8* from = exponents + group * kGroup;
-    store_merged<kStream>(sign_mantissa + group * kGroup, {load256(from), load256(from + 32)}, out);
-  });
+  u16* panel = target.out;
+  for (u32 row = 0; row < target.height; row += 4, panel += 4 * target.stride) {
+    merge_columns<kStream>(sign_mantissa, exponents, target.width, panel, target.stride);
+    sign_mantissa += 4 * std::size_t{target.width};
+    exponents += 4 * std::size_t{target.width};
+  }
 }
 
 void merge8(const u8* sign_mantissa, const u8* exponents, const BlockTarget& target) {

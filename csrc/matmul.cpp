@@ -105,7 +105,7 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
   }
   const std::uint64_t unit = matrix.row_unit();
   // In between, the columns take the first cache, and each row group goes there alone.
-  const bool together = x.count <= kCodedColumns || x.count >= kManyColumns;
+  const bool together = x.count <= dot_.coded_columns || x.count >= kManyColumns;
   const std::uint64_t step = together ? std::max(unit, kManyRows / unit * unit) : unit;
   for (std::uint64_t row = begin; row < end; row += step) {
     const std::uint64_t real = std::min(step, end - row);
@@ -114,7 +114,7 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
     const Strip strip{matrix, row, row + height, {sums, static_cast<std::ptrdiff_t>(height), true}};
     if (!matrix.grid_)
       raw(strip, x);
-    else if (x.count <= kCodedColumns && dot_.coded2 != nullptr)
+    else if (x.count <= dot_.coded_columns)
       fused(strip, x);
     else
       by_panels(strip, x);

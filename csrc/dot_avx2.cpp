@@ -64,7 +64,7 @@ std::size_t coded(const CodedBlock& block, u32 height, u32 width, const Columns&
     FourRows low(out, sums.begin), high(out + 8, sums.begin);
     for (u32 begin = 0; begin < width; begin += kStripColumns) {
       const u32 end = width - begin < kStripColumns ? width : begin + kStripColumns;
-      for (u32 i = 0; i < 4 * (end - begin); i += kGroup) exponents.next(strip + i);
+      for (u32 k = begin; k < end; k += kGroup) exponents.four(strip + 4 * (k - begin));
       const u8* from = strip;
       for (u32 k = begin; k < end; k += kGroup) {
         add_half(low, sign_mantissa, from, x.data + k);

@@ -33,7 +33,7 @@ template <unsigned kBits>
 std::size_t unrank(const u8* codes, std::size_t n, const u8* table, const u8* escapes, u8* out) {
   ExponentReader<kBits> exponents(codes, table, escapes);
   for (std::size_t i = 0; i < n; i += kGroup)
-    exponents.next(out + i, static_cast<unsigned>(n - i < kGroup ? n - i : kGroup));
+    exponents.one(out + i, static_cast<unsigned>(n - i < kGroup ? n - i : kGroup));
   return exponents.used();
 }
 
@@ -77,7 +77,7 @@ std::size_t merge_block(const CodedBlock& block, const BlockTarget& target) {
     for (u32 column = 0; column < target.width; column += kStripColumns) {
       const u32 rest = target.width - column;
       const u32 columns = rest < kStripColumns ? rest : kStripColumns;
-      for (u32 i = 0; i < 4 * columns; i += kGroup) exponents.next(strip + i);
+      for (u32 i = 0; i < columns; i += kGroup) exponents.four(strip + 4 * i);
       merge_columns<kStream>(sign_mantissa, strip, columns, panel + column, target.stride);
       sign_mantissa += 4 * columns;
     }

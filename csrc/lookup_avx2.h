@@ -36,6 +36,11 @@ ZIPMOE_INLINE void store256(u8* to, __m256i bytes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
 }
 
+ZIPMOE_INLINE void store_pair(u8* to, Pair bytes) {
+  store256(to, bytes.low);
+  store256(to + 32, bytes.high);
+}
+
 ZIPMOE_INLINE u64 mask_of(__m256i low, __m256i high) {
   return static_cast<u32>(_mm256_movemask_epi8(low)) |
          (static_cast<u64>(static_cast<u32>(_mm256_movemask_epi8(high))) << 32);
@@ -114,10 +119,12 @@ template <>
 class Lookup<4> {
  public:
   explicit Lookup(const u8* table) : table_(_mm256_broadcastsi128_si256(load128(table))) {}
-  ZIPMOE_INLINE Pair operator()(const u8* group) const {
+  ZIPMOE_INLINE static Pair codes(const u8* group) {
     const __m256i bytes = load256(group), mask = _mm256_set1_epi8(15);
-    return {_mm256_shuffle_epi8(table_, _mm256_and_si256(bytes, mask)),
-            _mm256_shuffle_epi8(table_, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask))};
+    return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+  }
+  ZIPMOE_INLINE Pair operator()(Pair codes) const {
+    return {_mm256_shuffle_epi8(table_, codes.low), _mm256_shuffle_epi8(table_, codes.high)};
   }
 
  private:
@@ -137,9 +144,9 @@ ZIPMOE_INLINE __m256i load_both(const u8* low, const u8* high) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(low)), load128(high), 1);
 }
 
-// Reads the exponents of a block, or of a level of codes, group by group. AVX2 has no expand, and
-// pdep is very slow on the older processors that have nothing better than AVX2. So escapes are
-// counted within 16 bytes and shuffled there, or, where they are few, stored one by one.
+// Reads the exponents of a block, or of a level of codes. AVX2 has no expand, and pdep is very slow
+// on the older processors that have nothing better than AVX2: escapes are counted within 16 bytes
+// and shuffled there, or, where they are few, stored one by one.
 template <unsigned kBits>
 class ExponentReader {
  public:
@@ -151,51 +158,81 @@ class ExponentReader {
         next_(escapes) {}
 
   // The next group, escapes only among its first `used` codes; one byte behind it may be touched.
-  ZIPMOE_INLINE void next(u8* out, unsigned used = kGroup) {
+  ZIPMOE_INLINE void one(u8* out, unsigned used = kGroup) {
     const Pair found = look_up_(codes_);
     codes_ += kGroupBytes<kBits>;
     const Pair marked{_mm256_cmpeq_epi8(found.low, mark_), _mm256_cmpeq_epi8(found.high, mark_)};
+    const u64 mask = mask_of(marked.low, marked.high);
     if constexpr (kBits == 2) {
-      insert_many(found, marked, used, out);
-      return;
+      store_pair(out, insert_many(found, marked, mask));
+      next_ += bits_below(mask, used);
+    } else {
+      store_pair(out, found);
+      insert_few(_bzhi_u64(mask, used), out);
     }
-    store256(out, found.low);
-    store256(out + 32, found.high);
-    // With 4 bits hardly a group has an escape.
-    if (kBits == 4 &&
-        __builtin_expect(_mm256_movemask_epi8(_mm256_or_si256(marked.low, marked.high)) == 0, 1))
-      return;
-    insert_few(_bzhi_u64(mask_of(marked.low, marked.high), used), out);
+  }
+  // The next four groups.
+  ZIPMOE_INLINE void four(u8* out) {
+#pragma GCC unroll 4
+    for (unsigned k = 0; k < 4; ++k) one(out + k * kGroup);
   }
   // How many escapes were consumed.
   std::size_t used() const { return static_cast<std::size_t>(next_ - escapes_); }
 
  private:
-  ZIPMOE_INLINE void insert_many(Pair found, Pair marked, unsigned used, u8* out) {
-    const u64 mask = mask_of(marked.low, marked.high);
+  ZIPMOE_INLINE Pair insert_many(Pair found, Pair marked, u64 mask) const {
     const __m256i low = load_both(next_, next_ + bits_below(mask, 16));
     const __m256i high = load_both(next_ + bits_below(mask, 32), next_ + bits_below(mask, 48));
-    store256(out, _mm256_blendv_epi8(found.low, _mm256_shuffle_epi8(low, places(marked.low)),
-                                     marked.low));
-    store256(out + 32,
-             _mm256_blendv_epi8(found.high, _mm256_shuffle_epi8(high, places(marked.high)),
-                                marked.high));
-    next_ += bits_below(mask, used);
+    return {_mm256_blendv_epi8(found.low, _mm256_shuffle_epi8(low, places(marked.low)), marked.low),
+            _mm256_blendv_epi8(found.high, _mm256_shuffle_epi8(high, places(marked.high)),
+                               marked.high)};
   }
-
-  // Without a branch for the first four: where there are fewer, the rest goes behind the group.
+  // The first four without a branch: where there are fewer, the rest goes behind the group.
   ZIPMOE_INLINE void insert_few(u64 mask, u8* out) {
     constexpr unsigned kFew = 4;
     const u8* more = next_ + kFew;
-    const u8* end = next_ + _mm_popcnt_u64(mask);
+    next_ += _mm_popcnt_u64(mask);
 #pragma GCC unroll 4
-    for (unsigned i = 0; i < kFew; ++i, mask = _blsr_u64(mask)) out[_tzcnt_u64(mask)] = next_[i];
+    for (unsigned i = 0; i < kFew; ++i, mask = _blsr_u64(mask))
+      out[_tzcnt_u64(mask)] = (more - kFew)[i];
     for (; __builtin_expect(mask != 0, 0); mask = _blsr_u64(mask)) out[_tzcnt_u64(mask)] = *more++;
-    next_ = end;
   }
 
   Lookup<kBits> look_up_;
   __m256i mark_;
+  const u8* codes_;
+  const u8* escapes_;
+  const u8* next_;
+};
+
+// With 4 bits hardly four groups have an escape: one branch for all of them.
+template <>
+class ExponentReader<4> {
+ public:
+  ExponentReader(const u8* codes, const u8* table, const u8* escapes)
+      : look_up_(table), codes_(codes), escapes_(escapes), next_(escapes) {}
+  ZIPMOE_INLINE void four(u8* out) {
+    const __m256i escape = _mm256_set1_epi8(15);
+    __m256i largest = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (unsigned k = 0; k < 4; ++k) {
+      const Pair codes = look_up_.codes(codes_ + k * kGroupBytes<4>);
+      store_pair(out + k * kGroup, look_up_(codes));
+      largest = _mm256_max_epu8(largest, _mm256_max_epu8(codes.low, codes.high));
+    }
+    if (__builtin_expect(_mm256_movemask_epi8(_mm256_cmpeq_epi8(largest, escape)) != 0, 0))
+      for (unsigned k = 0; k < 4; ++k) {
+        const Pair codes = look_up_.codes(codes_ + k * kGroupBytes<4>);
+        u64 mask =
+            mask_of(_mm256_cmpeq_epi8(codes.low, escape), _mm256_cmpeq_epi8(codes.high, escape));
+        for (; mask != 0; mask = _blsr_u64(mask)) out[k * kGroup + _tzcnt_u64(mask)] = *next_++;
+      }
+    codes_ += 4 * kGroupBytes<4>;
+  }
+  std::size_t used() const { return static_cast<std::size_t>(next_ - escapes_); }
+
+ private:
+  Lookup<4> look_up_;
   const u8* codes_;
   const u8* escapes_;
   const u8* next_;

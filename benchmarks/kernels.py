@@ -4,7 +4,8 @@ For each shape, as many matrices as fill the working set lie in memory in every 
 BF16. In every round all arms alternate; each multiplies all its matrices once. Ratios are taken
 within a round; median, least and most over the rounds are reported. GB/s are of BF16, whatever the
 bytes that were read. The plain arm is our own kernel on `raw`; how near it comes to what memory
-delivers (`read`) says whether it is a fair baseline.
+delivers (`read`) says whether it is a fair baseline. With `avx2` torch runs in its own process,
+limited to AVX2 by ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
 
     python benchmarks/kernels.py [--shapes 1408x2048,...] [--columns 1,4,...] [--threads 1,2]
         [--isas avx512bf16,avx2] [--busy] [--rounds 7] [--megabytes 600] [--quick] [--out FILE]
@@ -30,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 from machine import describe_machine
+from workers import Worker
 
 from zipmoe import _core
 
@@ -97,21 +99,39 @@ def multiply_all(engine: Any, arm: Arm, x: np.ndarray, y: np.ndarray) -> Callabl
     return run
 
 
-def torch_all(arm: Arm, rows: int, columns: int, x: np.ndarray) -> Callable[[], None]:
-    size = rows * columns * 2
+def torch_all(
+    block: np.ndarray, shape: tuple[int, int], x: np.ndarray, threads: int
+) -> Callable[[], None]:
+    size = shape[0] * shape[1] * 2
     tensors = [
-        torch.from_numpy(arm.block[i * size : (i + 1) * size])
-        .view(torch.bfloat16)
-        .view(rows, columns)
-        for i in range(len(arm.matrices))
+        torch.from_numpy(block[at : at + size]).view(torch.bfloat16).view(shape)
+        for at in range(0, block.size - size + 1, size)
     ]
     values = torch.from_numpy(x).view(torch.bfloat16)
 
     def run() -> None:
+        torch.set_num_threads(threads)
         for tensor in tensors:
-            torch.nn.functional.linear(values, tensor.view(rows, columns))
+            torch.nn.functional.linear(values, tensor)
 
     return run
+
+
+class LimitedTorch:
+    """torch and its weights, in a process whose environment limits its instruction set."""
+
+    def __init__(self, shape: tuple[int, int], count: int) -> None:
+        if torch.backends.cpu.get_cpu_capability() != "AVX2":
+            raise SystemExit(f"torch uses {torch.backends.cpu.get_cpu_capability()}, not AVX2")
+        self.shape = shape
+        self.block = huge(shape[0] * shape[1] * 2 * count)
+        self.block.view(np.uint16).reshape(count, *shape)[:] = weights(*shape, 0)
+
+    def multiply(self, columns: int, threads: int) -> None:
+        torch_all(self.block, self.shape, weights(columns, self.shape[1], 99), threads)()
+
+
+AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def stream(started: Any, stop: Any, rate: Any) -> None:
@@ -166,15 +186,30 @@ def measure(
     shape: tuple[int, int], arms: dict[str, Arm], options: argparse.Namespace, case: dict[str, Any]
 ) -> dict[str, Any]:
     """Run one case: columns, threads, instruction set."""
+    if case["isa"] != "avx2":
+        return measure_beside(None, shape, arms, options, case)
+    count = len(arms["raw"].matrices)
+    with Worker("torch", "kernels:LimitedTorch", AVX2_ONLY, shape=shape, count=count) as limited:
+        return measure_beside(limited, shape, arms, options, case)
+
+
+def measure_beside(
+    limited: Worker | None,
+    shape: tuple[int, int],
+    arms: dict[str, Arm],
+    options: argparse.Namespace,
+    case: dict[str, Any],
+) -> dict[str, Any]:
     rows, columns = shape
     engine = _core.Engine(threads=case["threads"], isa=case["isa"])
     x, y = weights(case["columns"], columns, 99), np.empty((case["columns"], rows), np.uint16)
-    torch.set_num_threads(case["threads"])
     plain = arms["raw"]
     runs = {"plain": multiply_all(engine, plain, x, y)}
     runs |= {codec: multiply_all(engine, arms[codec], x, y) for codec in RANKS}
     if case["isa"] in ("", "avx512bf16"):
-        runs["torch"] = torch_all(plain, rows, columns, x)
+        runs["torch"] = torch_all(plain.block, shape, x, case["threads"])
+    if limited is not None:
+        runs["torch"] = lambda: limited.call("multiply", case["columns"], case["threads"])
     if case["columns"] == 1:
         runs["read"] = lambda: engine.read(plain.block)
     measured = Rounds(runs, rows * columns * 2 * len(plain.matrices), options.rounds)
@@ -206,7 +241,7 @@ def cases(shape: tuple[int, int], options: argparse.Namespace) -> list[dict[str,
         for isa in options.isas
         for columns in options.columns
         for threads in options.threads
-        if (isa in ("", "avx512bf16") or columns == 1) and not (is_head and columns > 16)
+        if (isa in ("", "avx512bf16") or columns <= 16) and not (is_head and columns > 16)
     ]
     if options.busy:
         listed.append({"columns": 1, "threads": 1, "isa": options.isas[0], "busy": True})

@@ -21,6 +21,7 @@ ZIPMOE_INLINE __m256 add(__m256 sums, const Halves& weights, const Halves& value
 // Eight of the 16 sums of four rows.
 struct FourRows {
   __m256 at[4];
+  FourRows() = default;
   [[gnu::always_inline]] FourRows(const float* sums, bool begin) {
 #pragma GCC unroll 4
     for (unsigned r = 0; r < 4; ++r)
@@ -96,58 +97,67 @@ void one_column(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns
   }
 }
 
-// Eight sums of four rows times a few columns: as many vectors as there are registers for.
+// Without it the compiler keeps words for their odd weights and sums in memory: half the speed.
+ZIPMOE_INLINE void load_again() { asm volatile("" ::: "memory"); }
+
+// Eight of the 16 sums of four rows times one column or two: as many as there are registers for.
 template <unsigned kColumns>
-void tile(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums) {
-  const std::ptrdiff_t step = sums.stride * static_cast<std::ptrdiff_t>(kSums);
-  __m256 at[kColumns][4];
-#pragma GCC unroll 4
-  for (unsigned c = 0; c < kColumns; ++c)
-#pragma GCC unroll 4
-    for (unsigned r = 0; r < 4; ++r)
-      at[c][r] =
-          sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(sums.data + c * step + kSums * r);
-  for (u32 k = 0; k < width; k += 32) {
+class Tile {
+ public:
+  explicit Tile(const Sums& sums)
+      : sums_(sums.data), step_(sums.stride * static_cast<std::ptrdiff_t>(kSums)) {
+#pragma GCC unroll 2
+    for (unsigned c = 0; c < kColumns; ++c) at_[c] = FourRows(sums_ + c * step_, sums.begin);
+  }
+  // The even or the odd ones of 16 weights.
+  template <__m256 Halves::* kWhich>
+  ZIPMOE_INLINE void add(const u16* rows, std::ptrdiff_t stride, const u16* x,
+                         std::ptrdiff_t x_stride) {
     __m256 values[kColumns];
-#pragma GCC unroll 4
-    for (unsigned c = 0; c < kColumns; ++c)
-      values[c] = Halves(load256(x.data + c * x.stride + k)).even;
-#pragma GCC unroll 4
-    for (unsigned r = 0; r < 4; ++r) {
-      const __m256 weights = Halves(load256(rows + r * stride + k)).even;
-#pragma GCC unroll 4
-      for (unsigned c = 0; c < kColumns; ++c)
-        at[c][r] = _mm256_fmadd_ps(weights, values[c], at[c][r]);
-    }
-#pragma GCC unroll 4
-    for (unsigned c = 0; c < kColumns; ++c)
-      values[c] = Halves(load256(x.data + c * x.stride + k)).odd;
+#pragma GCC unroll 2
+    for (unsigned c = 0; c < kColumns; ++c) values[c] = Halves(load256(x + c * x_stride)).*kWhich;
 #pragma GCC unroll 4
     for (unsigned r = 0; r < 4; ++r) {
-      const __m256 weights = Halves(load256(rows + r * stride + k)).odd;
-#pragma GCC unroll 4
+      const __m256 weights = Halves(load256(rows + r * stride)).*kWhich;
+#pragma GCC unroll 2
       for (unsigned c = 0; c < kColumns; ++c)
-        at[c][r] = _mm256_fmadd_ps(weights, values[c], at[c][r]);
+        at_[c].at[r] = _mm256_fmadd_ps(weights, values[c], at_[c].at[r]);
+      load_again();
     }
   }
-#pragma GCC unroll 4
-  for (unsigned c = 0; c < kColumns; ++c)
-#pragma GCC unroll 4
-    for (unsigned r = 0; r < 4; ++r) _mm256_storeu_ps(sums.data + c * step + kSums * r, at[c][r]);
+  void store() const {
+#pragma GCC unroll 2
+    for (unsigned c = 0; c < kColumns; ++c) at_[c].store(sums_ + c * step_);
+  }
+
+ private:
+  float* sums_;
+  std::ptrdiff_t step_;
+  FourRows at_[kColumns];
+};
+
+template <unsigned kColumns>
+void columns_of(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x,
+                const Sums& sums) {
+  for (unsigned half = 0; half < 2; ++half) {
+    const u16 *from = rows + 16 * half, *values = x.data + 16 * half;
+    Tile<kColumns> tile({sums.data + 8 * half, sums.stride, sums.begin});
+    for (u32 k = 0; k < width; k += 32) {
+      tile.template add<&Halves::even>(from + k, stride, values + k, x.stride);
+      tile.template add<&Halves::odd>(from + k, stride, values + k, x.stride);
+    }
+    tile.store();
+  }
 }
 
 void panel(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums,
            const Ahead&) {
   if (x.count == 1) return one_column(rows, stride, width, x, sums);
-  static constexpr decltype(&tile<1>) kByColumns[] = {tile<1>, tile<2>, tile<3>};
-  const std::uint32_t tiles = (x.count + 2) / 3;
-  for (u32 i = 0; i < tiles; ++i) {
-    const u32 first = x.count * i / tiles, count = x.count * (i + 1) / tiles - first;
-    for (unsigned half = 0; half < 16; half += 8) {
-      const Columns few{x.data + first * x.stride + 2 * half, x.stride, count};
-      float* out = sums.data + static_cast<std::ptrdiff_t>(first * kSums) * sums.stride + half;
-      kByColumns[count - 1](rows + 2 * half, stride, width, few, {out, sums.stride, sums.begin});
-    }
+  for (u32 c = 0; c < x.count; c += 2) {
+    const Columns few{x.data + c * x.stride, x.stride, x.count - c};
+    const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(c * kSums) * sums.stride;
+    const auto multiply = few.count == 1 ? columns_of<1> : columns_of<2>;
+    multiply(rows, stride, width, few, {sums.data + at, sums.stride, sums.begin});
   }
 }
 

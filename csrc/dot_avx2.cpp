@@ -6,14 +6,6 @@
 namespace zipmoe {
 namespace {
 
-// Of 16 words, those of even and of odd numbers, widened.
-struct Halves {
-  __m256 even, odd;
-  [[gnu::always_inline]] explicit Halves(__m256i words)
-      : even(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))),
-        odd(_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536)))) {}
-};
-
 ZIPMOE_INLINE __m256 add(__m256 sums, const Halves& weights, const Halves& values) {
   return _mm256_fmadd_ps(weights.odd, values.odd, _mm256_fmadd_ps(weights.even, values.even, sums));
 }
@@ -41,7 +33,7 @@ ZIPMOE_INLINE __m256i rotated(__m256i words) {
 // from `x` on, each EEEEEEEE MMMMMMM S: one rotation is missing.
 ZIPMOE_INLINE void add_half(FourRows& sums, const u8* sign_mantissa, const u8* exponents,
                             const u16* x) {
-  const Halves first(load256(x)), second(load256(x + 32));
+  const Halves first(x), second(x + 32);
 #pragma GCC unroll 4
   for (unsigned r = 0; r < 4; ++r) {
     const __m256i low = load256(sign_mantissa + r * kGroup);
@@ -89,8 +81,8 @@ void one_column(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns
     __m256 low = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out);
     __m256 high = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out + 8);
     for (u32 k = 0; k < width; k += 32) {
-      low = add(low, Halves(load256(row + k)), Halves(load256(x.data + k)));
-      high = add(high, Halves(load256(row + k + 16)), Halves(load256(x.data + k + 16)));
+      low = add(low, Halves(row + k), Halves(x.data + k));
+      high = add(high, Halves(row + k + 16), Halves(x.data + k + 16));
     }
     _mm256_storeu_ps(out, low);
     _mm256_storeu_ps(out + 8, high);
@@ -115,10 +107,10 @@ class Tile {
                          std::ptrdiff_t x_stride) {
     __m256 values[kColumns];
 #pragma GCC unroll 2
-    for (unsigned c = 0; c < kColumns; ++c) values[c] = Halves(load256(x + c * x_stride)).*kWhich;
+    for (unsigned c = 0; c < kColumns; ++c) values[c] = Halves(x + c * x_stride).*kWhich;
 #pragma GCC unroll 4
     for (unsigned r = 0; r < 4; ++r) {
-      const __m256 weights = Halves(load256(rows + r * stride)).*kWhich;
+      const __m256 weights = Halves(rows + r * stride).*kWhich;
 #pragma GCC unroll 2
       for (unsigned c = 0; c < kColumns; ++c)
         at_[c].at[r] = _mm256_fmadd_ps(weights, values[c], at_[c].at[r]);

@@ -8,17 +8,25 @@
 namespace zipmoe {
 namespace {
 
-// 32 BF16 words, widened: sums 0 to 7 take the low ones, sums 8 to 15 the high ones.
+// Of 16 BF16 words, those with even and those with odd numbers, widened.
+struct Halves {
+  __m256 even, odd;
+  [[gnu::always_inline]] explicit Halves(__m256i words)
+      : even(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))),
+        odd(_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536)))) {}
+  [[gnu::always_inline]] explicit Halves(const std::uint16_t* from)
+      : Halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) {}
+};
+
+// 32 words: sums 0 to 7 take the low ones, sums 8 to 15 the high ones.
 struct Widened {
   __m256 low_even, low_odd, high_even, high_odd;
   [[gnu::always_inline]] explicit Widened(const std::uint16_t* from) {
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16));
-    const __m256i mask = _mm256_set1_epi32(-65536);
-    low_even = _mm256_castsi256_ps(_mm256_slli_epi32(low, 16));
-    low_odd = _mm256_castsi256_ps(_mm256_and_si256(low, mask));
-    high_even = _mm256_castsi256_ps(_mm256_slli_epi32(high, 16));
-    high_odd = _mm256_castsi256_ps(_mm256_and_si256(high, mask));
+    const Halves low(from), high(from + 16);
+    low_even = low.even;
+    low_odd = low.odd;
+    high_even = high.even;
+    high_odd = high.odd;
   }
 };
 

@@ -130,6 +130,25 @@ def test_all_instruction_sets_but_bf16_agree_to_the_bit() -> None:
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("codec", CODECS[:-1])
+@pytest.mark.parametrize("escapes", ["few", "many", "in bursts"])
+def test_escapes_in_any_number_and_place_give_the_same_bits(
+    codec: str, isa: str, escapes: str
+) -> None:
+    rng = np.random.default_rng(11)
+    words, x = gaussian(rng, 12, 2048), gaussian(rng, 3, 2048, scale=1.0)
+    rare = {"few": 0.002, "many": 1.0, "in bursts": 0.3}[escapes]
+    hit = rng.random(words.shape) < rare
+    if escapes == "in bursts":
+        hit &= (np.arange(2048) // 96) % 5 == 0
+    exponents = rng.integers(90, 150, words.shape, dtype=np.uint16)
+    words[hit] = (words[hit] & 0x807F) | (exponents[hit] << 7)
+    for count in (1, 2, 3):
+        expected = multiply(ENGINES[isa, 1], packed("raw", words), x[:count])
+        assert np.array_equal(multiply(ENGINES[isa, 1], packed(codec, words), x[:count]), expected)
+
+
 def test_one_flipped_bit_of_one_weight_is_seen() -> None:
     rng = np.random.default_rng(4)
     words, x = gaussian(rng, 8, 2048), gaussian(rng, 1, 2048, scale=1.0)

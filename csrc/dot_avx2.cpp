@@ -72,21 +72,39 @@ std::size_t coded(const CodedBlock& block, u32 height, u32 width, const Columns&
   return exponents.used();
 }
 
-// One column waits for memory, and memory is quickest in one run: row after row.
-void one_column(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x,
-                const Sums& sums) {
-  for (unsigned r = 0; r < 4; ++r) {
+template <unsigned kColumns>
+void rows_of(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x,
+             const Sums& sums) {
+  const std::ptrdiff_t step = sums.stride * static_cast<std::ptrdiff_t>(kSums);
+  for (unsigned r = 0; r < 4; ++r, from += stride) {
     float* out = sums.data + kSums * r;
-    const u16* row = rows + r * stride;
-    __m256 low = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out);
-    __m256 high = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out + 8);
-    for (u32 k = 0; k < width; k += 32) {
-      low = add(low, Halves(row + k), Halves(x.data + k));
-      high = add(high, Halves(row + k + 16), Halves(x.data + k + 16));
+    __m256 low[kColumns], high[kColumns];
+#pragma GCC unroll 4
+    for (unsigned c = 0; c < kColumns; ++c) {
+      low[c] = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out + c * step);
+      high[c] = sums.begin ? _mm256_setzero_ps() : _mm256_loadu_ps(out + c * step + 8);
     }
-    _mm256_storeu_ps(out, low);
-    _mm256_storeu_ps(out + 8, high);
+    for (u32 k = 0; k < width; k += 32) {
+      const Halves first(from + k), second(from + k + 16);
+#pragma GCC unroll 4
+      for (unsigned c = 0; c < kColumns; ++c) {
+        const u16* values = x.data + c * x.stride + k;
+        low[c] = add(low[c], first, Halves(values));
+        high[c] = add(high[c], second, Halves(values + 16));
+      }
+    }
+#pragma GCC unroll 4
+    for (unsigned c = 0; c < kColumns; ++c) {
+      _mm256_storeu_ps(out + c * step, low[c]);
+      _mm256_storeu_ps(out + c * step + 8, high[c]);
+    }
   }
+}
+
+void rows(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums) {
+  static constexpr decltype(&rows) kByColumns[kCodedColumns] = {rows_of<1>, rows_of<2>, rows_of<3>,
+                                                                rows_of<4>};
+  kByColumns[x.count - 1](from, stride, width, x, sums);
 }
 
 // Without it the compiler keeps words for their odd weights and sums in memory: half the speed.
@@ -103,14 +121,14 @@ class Tile {
   }
   // The even or the odd ones of 16 weights.
   template <__m256 Halves::* kWhich>
-  ZIPMOE_INLINE void add(const u16* rows, std::ptrdiff_t stride, const u16* x,
+  ZIPMOE_INLINE void add(const u16* from, std::ptrdiff_t stride, const u16* x,
                          std::ptrdiff_t x_stride) {
     __m256 values[kColumns];
 #pragma GCC unroll 2
     for (unsigned c = 0; c < kColumns; ++c) values[c] = Halves(x + c * x_stride).*kWhich;
 #pragma GCC unroll 4
     for (unsigned r = 0; r < 4; ++r) {
-      const __m256 weights = Halves(rows + r * stride).*kWhich;
+      const __m256 weights = Halves(from + r * stride).*kWhich;
 #pragma GCC unroll 2
       for (unsigned c = 0; c < kColumns; ++c)
         at_[c].at[r] = _mm256_fmadd_ps(weights, values[c], at_[c].at[r]);
@@ -129,27 +147,26 @@ class Tile {
 };
 
 template <unsigned kColumns>
-void columns_of(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x,
+void columns_of(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x,
                 const Sums& sums) {
   for (unsigned half = 0; half < 2; ++half) {
-    const u16 *from = rows + 16 * half, *values = x.data + 16 * half;
+    const u16 *words = from + 16 * half, *values = x.data + 16 * half;
     Tile<kColumns> tile({sums.data + 8 * half, sums.stride, sums.begin});
     for (u32 k = 0; k < width; k += 32) {
-      tile.template add<&Halves::even>(from + k, stride, values + k, x.stride);
-      tile.template add<&Halves::odd>(from + k, stride, values + k, x.stride);
+      tile.template add<&Halves::even>(words + k, stride, values + k, x.stride);
+      tile.template add<&Halves::odd>(words + k, stride, values + k, x.stride);
     }
     tile.store();
   }
 }
 
-void panel(const u16* rows, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums,
+void panel(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums,
            const Ahead&) {
-  if (x.count == 1) return one_column(rows, stride, width, x, sums);
   for (u32 c = 0; c < x.count; c += 2) {
     const Columns few{x.data + c * x.stride, x.stride, x.count - c};
     const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(c * kSums) * sums.stride;
     const auto multiply = few.count == 1 ? columns_of<1> : columns_of<2>;
-    multiply(rows, stride, width, few, {sums.data + at, sums.stride, sums.begin});
+    multiply(from, stride, width, few, {sums.data + at, sums.stride, sums.begin});
   }
 }
 
@@ -166,6 +183,7 @@ const DotKernels kAvx2Dot{
     .coded3 = coded<3>,
     .coded4 = coded<4>,
     .panel = panel,
+    .rows = rows,
     .reduce = reduce,
     .round = round_values,
     .gate = gate_values,

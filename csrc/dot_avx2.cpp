@@ -43,32 +43,39 @@ ZIPMOE_INLINE void add_half(FourRows& sums, const u8* sign_mantissa, const u8* e
   }
 }
 
+constexpr u32 kStripColumns = 512;
+
+// Some columns of four rows whose exponents are read, times one column.
+ZIPMOE_INLINE void add_strip(const u8* sign_mantissa, const u8* exponents, u32 width, const u16* x,
+                             float* sums, bool begin) {
+  FourRows low(sums, begin), high(sums + 8, begin);
+  for (u32 k = 0; k < width; k += kGroup, sign_mantissa += 4 * kGroup, exponents += 4 * kGroup) {
+    add_half(low, sign_mantissa, exponents, x + k);
+    add_half(high, sign_mantissa + 32, exponents + 32, x + k + 16);
+  }
+  low.store(sums);
+  high.store(sums + 8);
+}
+
 // Exponents go through the first cache, a strip at a time, because escapes are stored there one by
-// one; they become BF16 in registers.
+// one; they become BF16 in registers, for each column again.
 template <unsigned kBits>
 std::size_t coded(const CodedBlock& block, u32 height, u32 width, const Columns& x,
                   const Sums& sums) {
-  constexpr u32 kStripColumns = 512;
   alignas(64) u8 strip[4 * kStripColumns + kVectorSlack];
   ExponentReader<kBits> exponents(block.codes, block.table, block.escapes);
+  const std::ptrdiff_t step = sums.stride * static_cast<std::ptrdiff_t>(kSums);
   const u8* sign_mantissa = block.sign_mantissa;
   float* out = sums.data;
-  for (u32 row = 0; row < height; row += 4, out += 4 * kSums) {
-    FourRows low(out, sums.begin), high(out + 8, sums.begin);
+  for (u32 row = 0; row < height; row += 4, out += 4 * kSums)
     for (u32 begin = 0; begin < width; begin += kStripColumns) {
-      const u32 end = width - begin < kStripColumns ? width : begin + kStripColumns;
-      for (u32 k = begin; k < end; k += kGroup) exponents.four(strip + 4 * (k - begin));
-      const u8* from = strip;
-      for (u32 k = begin; k < end; k += kGroup) {
-        add_half(low, sign_mantissa, from, x.data + k);
-        add_half(high, sign_mantissa + 32, from + 32, x.data + k + 16);
-        sign_mantissa += 4 * kGroup;
-        from += 4 * kGroup;
-      }
+      const u32 columns = width - begin < kStripColumns ? width - begin : kStripColumns;
+      for (u32 k = 0; k < columns; k += kGroup) exponents.four(strip + 4 * k);
+      for (u32 c = 0; c < x.count; ++c)
+        add_strip(sign_mantissa, strip, columns, x.data + c * x.stride + begin, out + c * step,
+                  sums.begin && begin == 0);
+      sign_mantissa += 4 * columns;
     }
-    low.store(out);
-    high.store(out + 8);
-  }
   return exponents.used();
 }
 
@@ -148,26 +155,33 @@ class Tile {
 
 template <unsigned kColumns>
 void columns_of(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x,
-                const Sums& sums) {
-  for (unsigned half = 0; half < 2; ++half) {
-    const u16 *words = from + 16 * half, *values = x.data + 16 * half;
-    Tile<kColumns> tile({sums.data + 8 * half, sums.stride, sums.begin});
-    for (u32 k = 0; k < width; k += 32) {
-      tile.template add<&Halves::even>(words + k, stride, values + k, x.stride);
-      tile.template add<&Halves::odd>(words + k, stride, values + k, x.stride);
-    }
-    tile.store();
-  }
+                const Sums& sums, const Ahead& ahead) {
+  Tile<kColumns> tile(sums);
+  const u16* values = x.data;
+  u32 k = 0;
+  const auto step = [&]() __attribute__((always_inline)) {
+    tile.template add<&Halves::even>(from + k, stride, values + k, x.stride);
+    tile.template add<&Halves::odd>(from + k, stride, values + k, x.stride);
+    k += 32;
+  };
+  for (; k / 32 < ahead.lines; step())
+#pragma GCC unroll 4
+    for (const u8* stretch : ahead.stretches)
+      _mm_prefetch(reinterpret_cast<const char*>(stretch + 2 * k), _MM_HINT_T1);
+  while (k < width) step();
+  tile.store();
 }
 
 void panel(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x, const Sums& sums,
-           const Ahead&) {
-  for (u32 c = 0; c < x.count; c += 2) {
-    const Columns few{x.data + c * x.stride, x.stride, x.count - c};
-    const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(c * kSums) * sums.stride;
-    const auto multiply = few.count == 1 ? columns_of<1> : columns_of<2>;
-    multiply(from, stride, width, few, {sums.data + at, sums.stride, sums.begin});
-  }
+           const Ahead& ahead) {
+  for (u32 c = 0; c < x.count; c += 2)
+    for (unsigned half = 0; half < 2; ++half) {
+      const Columns few{x.data + c * x.stride + 16 * half, x.stride, x.count - c};
+      float* out = sums.data + static_cast<std::ptrdiff_t>(c * kSums) * sums.stride + 8 * half;
+      const auto multiply = few.count == 1 ? columns_of<1> : columns_of<2>;
+      multiply(from + 16 * half, stride, width, few, {out, sums.stride, sums.begin},
+               c + half == 0 ? ahead : Ahead{});
+    }
 }
 
 void reduce(const float* sums, std::size_t n, float* out) {
@@ -178,7 +192,7 @@ void reduce(const float* sums, std::size_t n, float* out) {
 }  // namespace
 
 const DotKernels kAvx2Dot{
-    .coded_columns = 1,
+    .coded_columns = 2,
     .coded2 = coded<2>,
     .coded3 = coded<3>,
     .coded4 = coded<4>,

@@ -42,13 +42,13 @@ SHAPES = "1408x2048,2048x1408,768x2048,5632x2048,14336x4096,151936x2048"
 RANKS = ("rank223", "rank3", "rank4")
 
 
-def huge(size: int) -> np.ndarray:
+def huge(size: int) -> tuple[mmap.mmap, np.ndarray]:
     """Memory in huge pages where the kernel gives them, as the product has it."""
     block = mmap.mmap(-1, -(-size // (2 << 20)) * (2 << 20) + (2 << 20))
     block.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(block, np.uint8)
     start = -whole.ctypes.data % (2 << 20)
-    return whole[start : start + size]
+    return block, whole[start : start + size]
 
 
 def weights(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -64,7 +64,7 @@ class Arm:
         self.codec = codec
         encoded = [_core.encode(codec, source, threads=2) for source in sources]
         lengths = [[-(-extent.size // 4096) * 4096 for extent in one.extents] for one in encoded]
-        self.block = huge(sum(sum(lengths[i % len(encoded)]) for i in range(count)))
+        memory, self.block = huge(sum(sum(lengths[i % len(encoded)]) for i in range(count)))
         self.matrices = []
         at = 0
         for i in range(count):
@@ -85,6 +85,7 @@ class Arm:
                     k_tile=one.k_tile,
                 )
             )
+        collapse(memory)
         self.bits = 8 * self.block.nbytes / count / sources[0].size
         self.stored_as = sorted({matrix.codec for matrix in self.matrices})
 

@@ -44,7 +44,7 @@ def read_shard(path: Path):
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    assert header.pop("__metadata__") == {"format": "zipmoe", "format_version": "0.1"}
+    assert header.pop("__metadata__") == {"format": "zipmoe", "format_version": "1.0"}
     start = 8 + length
     assert start % PAGE == 0
     tensors = []
@@ -288,7 +288,7 @@ def read_manifest(folder: Path):
     assert tail == f',\n "xxh3": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
     manifest = json.loads(data)
     assert manifest["format"] == "zipmoe"
-    assert manifest["format_version"] == "0.1"
+    assert manifest["format_version"] == "1.0"
     return manifest
 
 

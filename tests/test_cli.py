@@ -183,7 +183,7 @@ def test_inspect_shows_kinds_codecs_and_what_is_raw(store):
     document = only_document(run("inspect", store, "--json"))
     assert {kind["kind"] for kind in document["kinds"]} == {"gate", "up", "down", "dense"}
     shown = run("inspect", store).stdout
-    for word in ["MixtralForCausalLM", "rank223", "gate", "down", "a vector", "format 0.1"]:
+    for word in ["MixtralForCausalLM", "rank223", "gate", "down", "a vector", "format 1.0"]:
         assert word in shown
 
 

@@ -252,7 +252,7 @@ def test_padding_that_is_not_zero_is_found_by_verify(store_copy):
 
 
 MANIFEST = {
-    "other version": (lambda m: m.update(format_version="1.0"), FormatError, "version '1.0'"),
+    "other version": (lambda m: m.update(format_version="0.1"), FormatError, "version '0.1'"),
     "other format": (lambda m: m.update(format="zip"), FormatError, "not the manifest"),
     "path trick": (lambda m: m["files"][0].update(name="../x"), CorruptError, "plain file name"),
     "hidden file": (lambda m: m["files"][0].update(name=".x"), CorruptError, "plain file name"),
@@ -460,7 +460,7 @@ def test_closing_frees_the_files_and_a_refused_store_leaves_none_open(store_copy
 
 # A store written by the first version, kept as it was
 
-GOLDEN = Path(__file__).parent / "golden" / "0.1"
+GOLDEN = Path(__file__).parent / "golden" / "1.0"
 
 
 def test_the_golden_store_is_read_by_both_readers_and_unpacks_to_its_checksums(tmp_path):

@@ -17,7 +17,7 @@ from zipmoe.recipe import ROLES, Matrix
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileInfo", "Layer", "Manifest", "ShardInfo"]
 
 MANIFEST = "zipmoe.json"
-FORMAT_VERSION = "0.1"
+FORMAT_VERSION = "1.0"
 MAX_BYTES = 1 << 30
 _TAIL = re.compile(rb',\n "xxh3": "([0-9a-f]{16})"\n}\n\Z')
 

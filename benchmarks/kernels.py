@@ -34,6 +34,7 @@ from machine import describe_machine
 from workers import Worker
 
 from zipmoe import _core
+from zipmoe.packed import collapse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -77,5 +77,6 @@ NB_MODULE(_core, m) {
   zipmoe::bind_codec(m);
   zipmoe::bind_engine(m);
   zipmoe::bind_norm(m);
+  zipmoe::bind_policy(m);
   zipmoe::bind_blocks(m);
 }

@@ -10,5 +10,6 @@ void bind_cache(nanobind::module_& m);
 void bind_codec(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
 void bind_norm(nanobind::module_& m);
+void bind_policy(nanobind::module_& m);
 
 }  // namespace zipmoe

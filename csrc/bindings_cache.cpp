@@ -83,20 +83,22 @@ void bind_cache(nb::module_& m) {
       .def(
           "__init__",
           [](CacheHandle* self, std::vector<std::string> paths, const Table& matrices,
-             std::uint64_t capacity_bytes, std::string reader, std::string isa,
+             std::uint64_t capacity_bytes, std::string reader, std::string isa, std::string policy,
              std::size_t request_bytes, unsigned depth) {
-            CacheOptions options{capacity_bytes, std::move(reader), std::move(isa), {}};
+            CacheOptions options{
+                capacity_bytes, std::move(reader), std::move(isa), {}, std::move(policy)};
             if (request_bytes != 0) options.shape = {request_bytes, depth};
             new (self) CacheHandle(std::move(paths), numbers_of(matrices), options);
           },
           "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "reader"_a = "", "isa"_a = "",
-          "request_bytes"_a = 0, "depth"_a = 0)
+          "policy"_a = "", "request_bytes"_a = 0, "depth"_a = 0)
       .def_static(
           "floor_bytes",
           [](const Table& matrices) { return ExpertCache::floor_bytes(numbers_of(matrices)); },
           "matrices"_a)
       .def_prop_ro("reader", [](const CacheHandle& self) { return self->reader_name(); })
       .def_prop_ro("isa", [](const CacheHandle& self) { return std::string(name(self->isa())); })
+      .def_prop_ro("policy", [](const CacheHandle& self) { return self->policy_name(); })
       .def_prop_ro("slots", [](const CacheHandle& self) { return self->num_slots(); })
       .def_prop_ro("allocated_bytes",
                    [](const CacheHandle& self) {
@@ -105,11 +107,21 @@ void bind_cache(nb::module_& m) {
                    })
       .def(
           "prefetch",
-          [](const CacheHandle& self, std::uint64_t layer, const Experts& experts) {
+          [](const CacheHandle& self, std::uint64_t layer, const Experts& experts,
+             const std::vector<std::uint32_t>& tokens, std::uint64_t num_tokens) {
+            if (!tokens.empty() && tokens.size() != experts.size())
+              throw std::invalid_argument("tokens: one number for each expert");
             nb::gil_scoped_release release;
-            self->prefetch(layer, experts);
+            self->prefetch(layer, experts, tokens, num_tokens);
           },
-          "layer"_a, "experts"_a)
+          "layer"_a, "experts"_a, "tokens"_a = std::vector<std::uint32_t>(), "num_tokens"_a = 1)
+      .def(
+          "begin_request",
+          [](const CacheHandle& self, double share) {
+            nb::gil_scoped_release release;
+            self->begin_request(share);
+          },
+          "share"_a = 1.0)
       .def(
           "look_ahead",
           [](const CacheHandle& self, std::uint64_t layer, const Experts& experts) {

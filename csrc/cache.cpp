@@ -24,13 +24,28 @@ std::uint64_t slot_stride(const ExpertTable& table) {
                                         // no further
 }
 
+// By record: its layer.
+std::vector<std::uint32_t> layers_of(const ExpertTable& table) {
+  std::vector<std::uint32_t> layers;
+  layers.reserve(table.records().size());
+  for (const ExpertRecord& record : table.records()) layers.push_back(record.layer);
+  return layers;
+}
+
+std::uint32_t num_layers(const ExpertTable& table) {
+  std::uint32_t last = 0;
+  for (const ExpertRecord& record : table.records()) last = std::max(last, record.layer);
+  return last + 1;
+}
+
 // All that a cache of so many slots allocates.
 std::uint64_t needed_bytes(const ExpertTable& table, std::uint64_t num_slots) {
   const std::uint64_t num_records = table.records().size();
   constexpr std::uint64_t kPerWanted = sizeof(std::uint32_t);
   constexpr std::uint64_t kPerSlot = 128;  // its share of reads_, and the read under way
   return kOverheadBytes + table.bytes() + table.decode_scratch() + num_records * kPerWanted +
-         Residency::bytes(num_records, num_slots) + num_slots * (kPerSlot + slot_stride(table));
+         Residency::bytes(num_records, num_layers(table), num_slots) +
+         num_slots * (kPerSlot + slot_stride(table));
 }
 
 std::uint32_t slots_within(const ExpertTable& table, std::uint64_t capacity_bytes) {
@@ -78,8 +93,10 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
       slot_stride_(slot_stride(table_)),
       num_slots_(slots_within(table_, options.capacity_bytes)),
       allocated_bytes_(needed_bytes(table_, num_slots_)),
+      policy_name_(options.policy.empty() ? kDefaultPolicy : options.policy),
       owner_(getpid()),
-      residency_(static_cast<std::uint32_t>(table_.records().size()), num_slots_),
+      residency_(make_policy(policy_name_, {layers_of(table_)}),
+                 static_cast<std::uint32_t>(table_.records().size()), num_slots_),
       reads_(num_slots_),
       is_ahead_(num_slots_) {
   const ReaderChoice choice = reader_choice(options.reader);
@@ -118,18 +135,28 @@ void ExpertCache::close() {
   changed_.notify_all();
 }
 
-void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts) {
+void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts,
+                           std::span<const std::uint32_t> tokens, std::uint64_t num_tokens) {
   std::vector<std::uint32_t> records;
   records.reserve(experts.size());
   for (const std::uint64_t expert : experts) records.push_back(table_.find(layer, expert));
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
-  residency_.list(records);
-  for (const std::uint32_t record : records) count_visit(record);
+  residency_.list(
+      {static_cast<std::uint32_t>(layer), records, static_cast<std::uint32_t>(num_tokens)});
+  for (std::size_t i = 0; i < records.size(); ++i)
+    count_visit(records[i], tokens.empty() ? 1 : tokens[i]);
   wanted_.assign(records.begin(), records.end());
   ahead_.clear();
   start_wanted();
+}
+
+void ExpertCache::begin_request(double share) {
+  if (is_forked()) check_usable();
+  const Lock lock(mutex_);
+  check_usable();
+  residency_.begin_request(share);
 }
 
 Lease ExpertCache::acquire(std::uint64_t layer, std::uint64_t expert) {
@@ -158,7 +185,6 @@ std::optional<Lease> ExpertCache::try_acquire(std::uint64_t layer, std::uint64_t
   if (!slot || residency_.state(*slot) != SlotState::resident) return std::nullopt;
   count_visit(record);
   residency_.pin(*slot);
-  residency_.touch(*slot);
   ++num_users_;
   return Lease(*this, record, *slot);
 }
@@ -173,7 +199,6 @@ std::uint32_t ExpertCache::pin_resident(Lock& lock, std::uint32_t expert) {
     const auto slot = residency_.slot_of(expert);
     if (slot && residency_.state(*slot) == SlotState::resident) {
       residency_.pin(*slot);
-      residency_.touch(*slot);
       return *slot;
     }
     if (slot) return wait_for_read(lock, *slot);
@@ -187,7 +212,6 @@ std::uint32_t ExpertCache::pin_resident(Lock& lock, std::uint32_t expert) {
 std::uint32_t ExpertCache::wait_for_read(Lock& lock, std::uint32_t slot) {
   // Pinned from here on: nobody may take the slot between the read's end and this thread's waking.
   residency_.pin(slot);
-  residency_.touch(slot);
   const std::shared_ptr<Read> read = reads_[slot];
   ++read->num_waiters;
   while (!read->done) {
@@ -230,8 +254,8 @@ std::uint64_t ExpertCache::allocated_bytes() const {
 
 bool ExpertCache::is_forked() const { return getpid() != owner_; }
 
-void ExpertCache::count_visit(std::uint32_t expert) {
-  if (!residency_.begin_visit(expert)) return;
+void ExpertCache::count_visit(std::uint32_t expert, std::uint32_t num_tokens) {
+  if (!residency_.begin_visit(expert, num_tokens)) return;
   const auto slot = residency_.slot_of(expert);
   ++(slot ? counters_.hits : counters_.misses);
   if (slot && is_ahead_[*slot]) {

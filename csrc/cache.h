@@ -33,6 +33,7 @@ struct CacheOptions {
   std::string reader;                // see reader_choice; empty: the best that works
   std::string isa;                   // empty: the best of this machine
   ReadShape shape;
+  std::string policy;  // see make_policy; empty: kDefaultPolicy
 };
 
 struct CacheCounters {
@@ -68,8 +69,12 @@ class ExpertCache final : private ReadSink {
   static std::uint64_t floor_bytes(std::span<const std::uint64_t> table);
 
   // Starts reading those that are absent and goes on with them in the background as slots become
-  // free. Never waits for a read; what goes wrong surfaces when the expert is asked for.
-  void prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts);
+  // free. Never waits for a read; what goes wrong surfaces when the expert is asked for. `tokens`:
+  // how many of the pass's `num_tokens` chose each; empty: one each.
+  void prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts,
+                std::span<const std::uint32_t> tokens = {}, std::uint64_t num_tokens = 1);
+  // A request begins, which will have this part of the tokens to come: 1 where it runs alone.
+  void begin_request(double share);
 
   // What may be wanted after that. It is read while the drive would be idle: when nothing of the
   // latest `prefetch` waits for a read. Forgotten at the next `prefetch`. Those that are there are
@@ -109,6 +114,7 @@ class ExpertCache final : private ReadSink {
   // "io_uring+direct", "io_uring", "pread+direct" or "pread": what engaged.
   [[nodiscard]] const std::string& reader_name() const { return reader_name_; }
   [[nodiscard]] Isa isa() const { return isa_; }
+  [[nodiscard]] const std::string& policy_name() const { return policy_name_; }
   [[nodiscard]] std::uint32_t num_slots() const { return num_slots_; }
   // 0 once closed.
   [[nodiscard]] std::uint64_t allocated_bytes() const;
@@ -130,7 +136,7 @@ class ExpertCache final : private ReadSink {
 
   // All of these with the lock held.
   void check_usable() const;
-  void count_visit(std::uint32_t expert);
+  void count_visit(std::uint32_t expert, std::uint32_t num_tokens = 1);
   bool start_read(std::uint32_t expert, Victim victim);
   void submit(std::uint32_t slot);
   void start_wanted();
@@ -156,6 +162,7 @@ class ExpertCache final : private ReadSink {
   std::uint64_t slot_stride_ = 0;
   std::uint32_t num_slots_ = 0;
   std::uint64_t allocated_bytes_ = 0;
+  std::string policy_name_;
   std::string reader_name_;
   std::int64_t owner_;  // the process
   std::vector<ShardFile> shards_;

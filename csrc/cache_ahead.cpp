@@ -14,17 +14,14 @@ constexpr std::uint32_t kReadsAhead = 2;
 }  // namespace
 
 void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts) {
+  std::vector<std::uint32_t> records;
+  records.reserve(experts.size());
+  for (const std::uint64_t expert : experts) records.push_back(table_.find(layer, expert));
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
-  ahead_.clear();
-  for (const std::uint64_t expert : experts) {
-    const std::uint32_t record = table_.find(layer, expert);
-    if (const auto slot = residency_.slot_of(record))
-      residency_.touch(*slot);
-    else
-      ahead_.push_back(record);
-  }
+  residency_.expect(records);
+  ahead_.assign(records.begin(), records.end());
   start_ahead();
 }
 

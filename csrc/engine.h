@@ -155,7 +155,9 @@ class Engine {
   std::mutex mutex_;
   Attention attention_;
   std::vector<Visit> visits_;
-  std::vector<std::uint64_t> distinct_, guesses_;
+  std::vector<std::uint64_t> distinct_;  // experts of the visits
+  std::vector<std::uint32_t> tokens_;    // of each of these
+  std::vector<std::uint64_t> guesses_;
   std::vector<Router> routers_;  // by thread
   std::vector<std::int64_t> chosen_;
   std::vector<float> weights_;  // of the chosen

@@ -51,8 +51,14 @@ void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
   std::stable_sort(visits_.begin(), visits_.end(),
                    [](const Visit& a, const Visit& b) { return a.expert < b.expert; });
   distinct_.clear();
-  for (const Visit& visit : visits_)
-    if (distinct_.empty() || distinct_.back() != visit.expert) distinct_.push_back(visit.expert);
+  tokens_.clear();
+  for (const Visit& visit : visits_) {
+    if (distinct_.empty() || distinct_.back() != visit.expert) {
+      distinct_.push_back(visit.expert);
+      tokens_.push_back(0);
+    }
+    ++tokens_.back();
+  }
 }
 
 void Engine::begin_total(std::uint64_t width, std::uint64_t tokens) {
@@ -72,7 +78,7 @@ void Engine::experts(ExpertCache& cache, std::uint64_t layer, const Routing& rou
                      const Input& x, std::uint16_t* y, std::ptrdiff_t stride) {
   const Turn turn(*this);
   list_visits(routing, x.count);
-  cache.prefetch(layer, distinct_);
+  cache.prefetch(layer, distinct_, tokens_, x.count);
   if (visits_.empty()) {
     for (std::uint64_t t = 0; t < x.count; ++t)
       std::fill_n(y + static_cast<std::ptrdiff_t>(t) * stride, stride, std::uint16_t{0});
@@ -97,7 +103,7 @@ Columns Engine::ask_for_experts(ExpertCache& cache, std::uint64_t layer, const M
                                 const Input& x) {
   const Columns columns = ready_columns(x, block.router->columns(), block_columns_);
   list_visits(route(block, columns), x.count);
-  cache.prefetch(layer, distinct_);
+  cache.prefetch(layer, distinct_, tokens_, x.count);
   return columns;
 }
 

@@ -1,39 +1,67 @@
 #include "residency.h"
 
-#include <iterator>
+#include <algorithm>
 #include <limits>
+#include <utility>
 
 namespace zipmoe {
 namespace {
 
 constexpr std::uint32_t kNoSlot = std::numeric_limits<std::uint32_t>::max();
-// A node of the list: the value, two pointers, and what the allocator adds.
-constexpr std::uint64_t kNodeBytes = 48;
 
 }  // namespace
 
-Residency::Residency(std::uint32_t num_experts, std::uint32_t num_slots)
-    : experts_(num_experts, Expert{.slot = kNoSlot}), slots_(num_slots) {
-  for (std::uint32_t slot = 0; slot < num_slots; ++slot) {
-    slots_[slot].place = by_use_.insert(by_use_.end(), slot);
-  }
+Residency::Residency(std::unique_ptr<Policy> policy, std::uint32_t num_experts,
+                     std::uint32_t num_slots)
+    : policy_(std::move(policy)),
+      experts_(num_experts, Expert{.slot = kNoSlot}),
+      slots_(num_slots) {
+  empty_.reserve(num_slots);
+  for (std::uint32_t slot = num_slots; slot-- > 0;) empty_.push_back(slot);
+  listed_.reserve(num_experts);
+  expected_.reserve(num_experts);
 }
 
-bool Residency::begin_visit(std::uint32_t expert) {
+bool Residency::begin_visit(std::uint32_t expert, std::uint32_t num_tokens) {
   if (experts_[expert].visiting) return false;
   experts_[expert].visiting = true;
+  policy_->use(expert, num_tokens);
+  tell_policy(expert);
   return true;
 }
 
-void Residency::end_visit(std::uint32_t expert) { experts_[expert].visiting = false; }
+void Residency::end_visit(std::uint32_t expert) {
+  experts_[expert].visiting = false;
+  tell_policy(expert);
+}
 
-void Residency::list(std::span<const std::uint32_t> experts) {
+void Residency::list(const LayerList& wanted) {
   ++list_number_;
-  for (const std::uint32_t expert : experts) experts_[expert].listed = list_number_;
+  policy_->begin_layer(wanted.layer, wanted.num_tokens);
+  for (const std::uint32_t expert : listed_) tell_policy(expert);
+  for (const std::uint32_t expert : expected_) tell_policy(expert);
+  expected_.clear();
+  listed_.assign(wanted.experts.begin(), wanted.experts.end());
+  for (const std::uint32_t expert : listed_) {
+    experts_[expert].listed = list_number_;
+    tell_policy(expert);
+  }
 }
 
 bool Residency::is_awaited(std::uint32_t expert) const {
   return experts_[expert].visiting && experts_[expert].listed == list_number_ && list_number_ > 0;
+}
+
+void Residency::expect(std::span<const std::uint32_t> experts) {
+  for (const std::uint32_t expert : expected_) {
+    experts_[expert].expected = 0;
+    tell_policy(expert);
+  }
+  expected_.assign(experts.begin(), experts.end());
+  for (const std::uint32_t expert : expected_) {
+    experts_[expert].expected = list_number_;
+    tell_policy(expert);
+  }
 }
 
 std::optional<std::uint32_t> Residency::slot_of(std::uint32_t expert) const {
@@ -42,45 +70,80 @@ std::optional<std::uint32_t> Residency::slot_of(std::uint32_t expert) const {
 }
 
 std::optional<std::uint32_t> Residency::take(std::uint32_t expert, Victim victim) {
-  const auto slot = find_victim(victim);
-  if (!slot) return std::nullopt;
-  if (slots_[*slot].state == SlotState::resident) {
-    experts_[slots_[*slot].expert].slot = kNoSlot;
+  std::uint32_t slot = 0;
+  if (!empty_.empty()) {
+    slot = empty_.back();
+    empty_.pop_back();
+  } else if (const auto goes = find_victim(victim)) {
+    slot = std::exchange(experts_[*goes].slot, kNoSlot);
+    policy_->withdraw(*goes);
+    policy_->evict(*goes);
     ++num_evictions_;
+  } else {
+    return std::nullopt;
   }
-  slots_[*slot].expert = expert;
-  slots_[*slot].state = SlotState::reading;
-  slots_[*slot].num_pins = 0;
-  experts_[expert].slot = *slot;
-  touch(*slot);
+  slots_[slot] = {.expert = expert, .state = SlotState::reading};
+  experts_[expert].slot = slot;
+  policy_->admit(expert);
   return slot;
 }
 
 std::optional<std::uint32_t> Residency::find_victim(Victim victim) const {
-  std::optional<std::uint32_t> awaited;
-  for (const std::uint32_t slot : by_use_) {
-    const Slot& candidate = slots_[slot];
-    if (candidate.state == SlotState::empty) return slot;
-    if (candidate.state == SlotState::reading || candidate.num_pins > 0) continue;
-    if (!is_awaited(candidate.expert)) return slot;
-    if (!awaited) awaited = slot;
-  }
-  return victim == Victim::any ? awaited : std::nullopt;
+  const std::optional<std::uint32_t> idle = policy_->victim();
+  if (idle || victim == Victim::idle) return idle;
+  const std::optional<std::uint32_t> guess = last_to_go(expected_);
+  return guess ? guess : last_to_go(listed_);
+}
+
+// The one whose turn comes last.
+std::optional<std::uint32_t> Residency::last_to_go(std::span<const std::uint32_t> experts) const {
+  const auto last = std::find_if(experts.rbegin(), experts.rend(),
+                                 [this](std::uint32_t expert) { return may_go(expert); });
+  return last == experts.rend() ? std::nullopt : std::optional(*last);
+}
+
+// Whether it is in a slot that nobody is using.
+bool Residency::may_go(std::uint32_t expert) const {
+  const std::uint32_t slot = experts_[expert].slot;
+  return slot != kNoSlot && slots_[slot].state == SlotState::resident && slots_[slot].num_pins == 0;
+}
+
+void Residency::tell_policy(std::uint32_t expert) {
+  const bool is_expected = list_number_ > 0 && experts_[expert].expected == list_number_;
+  if (may_go(expert) && !is_awaited(expert) && !is_expected)
+    policy_->offer(expert);
+  else
+    policy_->withdraw(expert);
+}
+
+void Residency::set_resident(std::uint32_t slot) {
+  slots_[slot].state = SlotState::resident;
+  tell_policy(slots_[slot].expert);
 }
 
 void Residency::vacate(std::uint32_t slot) {
-  experts_[slots_[slot].expert].slot = kNoSlot;
-  slots_[slot].state = SlotState::empty;
-  slots_[slot].num_pins = 0;
-  by_use_.splice(by_use_.begin(), by_use_, slots_[slot].place);
+  const std::uint32_t expert = slots_[slot].expert;
+  experts_[expert].slot = kNoSlot;
+  policy_->withdraw(expert);
+  slots_[slot] = {};
+  empty_.push_back(slot);
 }
 
-void Residency::touch(std::uint32_t slot) {
-  by_use_.splice(by_use_.end(), by_use_, slots_[slot].place);
+void Residency::pin(std::uint32_t slot) {
+  ++slots_[slot].num_pins;
+  tell_policy(slots_[slot].expert);
 }
 
-std::uint64_t Residency::bytes(std::uint64_t num_experts, std::uint64_t num_slots) {
-  return num_experts * sizeof(Expert) + num_slots * (sizeof(Slot) + kNodeBytes);
+void Residency::unpin(std::uint32_t slot) {
+  --slots_[slot].num_pins;
+  tell_policy(slots_[slot].expert);
+}
+
+std::uint64_t Residency::bytes(std::uint64_t num_experts, std::uint64_t num_layers,
+                               std::uint64_t num_slots) {
+  return Policy::bytes(num_experts, num_layers) +
+         num_experts * (sizeof(Expert) + 2 * sizeof(std::uint32_t)) +
+         num_slots * (sizeof(Slot) + sizeof(std::uint32_t));
 }
 
 }  // namespace zipmoe

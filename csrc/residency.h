@@ -1,11 +1,13 @@
-// Which expert lies in which slot, and which slot may be given to another: the policy of the cache.
-// Pure bookkeeping: no memory, reads, threads or locks. Other policies go here.
+// Which expert lies in which slot, and which slot may be given to another. Who goes, of those that
+// may, is for the policy to say (policy.h). Pure bookkeeping: no memory, reads, threads or locks.
 #pragma once
 #include <cstdint>
-#include <list>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
+
+#include "policy.h"
 
 namespace zipmoe {
 
@@ -14,61 +16,81 @@ enum class SlotState : std::uint8_t { empty, reading, resident };
 // What may be taken for a new expert, beyond empty slots: never one that is pinned or being read.
 enum class Victim {
   idle,  // only experts that nobody is known to want
-  any,   // those of the latest list too, if nothing else is left
+  any,   // if nothing else is left, those of the latest list and those expected after it too
 };
 
-// Least recently used goes first. An expert is *awaited* from the moment a list names it until its
-// visit ends: so reading the last experts of a layer does not drop the first ones before their use.
+// What a pass wants of a layer.
+struct LayerList {
+  std::uint32_t layer = 0;
+  std::span<const std::uint32_t> experts;
+  std::uint32_t num_tokens = 1;
+};
+
+// An expert is *awaited* from the moment a list names it until its visit ends: so reading the last
+// experts of a layer does not drop the first ones before their use.
 //
 // A *visit* is one use of an expert, matrix by matrix. It begins when a list names the expert or
-// when it is first asked for, and ends with its last matrix. Hits and misses count visits.
+// when it is first asked for, and ends with its last matrix. Hits and misses count visits, and
+// policies are told of them.
 class Residency {
  public:
-  Residency(std::uint32_t num_experts, std::uint32_t num_slots);
+  Residency(std::unique_ptr<Policy> policy, std::uint32_t num_experts, std::uint32_t num_slots);
 
+  // See Policy.
+  void begin_request(double share) { policy_->begin_request(share); }
   // False where a visit is under way already.
-  bool begin_visit(std::uint32_t expert);
+  bool begin_visit(std::uint32_t expert, std::uint32_t num_tokens = 1);
   void end_visit(std::uint32_t expert);
-  // The experts wanted next. Forgets the list before; visits under way stay so.
-  void list(std::span<const std::uint32_t> experts);
+  // The experts wanted next; their visits do not begin by this. Forgets the list before; visits
+  // under way stay so.
+  void list(const LayerList& wanted);
   [[nodiscard]] bool is_awaited(std::uint32_t expert) const;
+  // Those that the list after this one may name. They are kept until it comes, unless nothing else
+  // is left to go.
+  void expect(std::span<const std::uint32_t> experts);
 
   [[nodiscard]] std::optional<std::uint32_t> slot_of(std::uint32_t expert) const;
   [[nodiscard]] std::uint32_t expert_in(std::uint32_t slot) const { return slots_[slot].expert; }
   [[nodiscard]] SlotState state(std::uint32_t slot) const { return slots_[slot].state; }
 
-  // Gives the expert a slot, in state `reading`, most recently used. Nothing where none may be
-  // taken.
+  // Gives the expert a slot, in state `reading`. Nothing where none may be taken.
   std::optional<std::uint32_t> take(std::uint32_t expert, Victim victim);
-  void set_resident(std::uint32_t slot) { slots_[slot].state = SlotState::resident; }
+  void set_resident(std::uint32_t slot);
   // Empties the slot; its pins are void.
   void vacate(std::uint32_t slot);
-  void touch(std::uint32_t slot);
-  void pin(std::uint32_t slot) { ++slots_[slot].num_pins; }
-  void unpin(std::uint32_t slot) { --slots_[slot].num_pins; }
+  void pin(std::uint32_t slot);
+  void unpin(std::uint32_t slot);
 
   [[nodiscard]] std::uint64_t num_evictions() const { return num_evictions_; }
   // What an instance takes.
-  static std::uint64_t bytes(std::uint64_t num_experts, std::uint64_t num_slots);
+  static std::uint64_t bytes(std::uint64_t num_experts, std::uint64_t num_layers,
+                             std::uint64_t num_slots);
 
  private:
   struct Expert {
     std::uint32_t slot;
-    std::uint32_t listed = 0;  // number of the latest list that names it
+    std::uint32_t listed = 0;    // number of the latest list that names it
+    std::uint32_t expected = 0;  // number of the list during which it was expected
     bool visiting = false;
   };
   struct Slot {
     std::uint32_t expert = 0;  // meaningless while empty
     std::uint32_t num_pins = 0;
     SlotState state = SlotState::empty;
-    std::list<std::uint32_t>::iterator place;  // in by_use_
   };
 
+  void tell_policy(std::uint32_t expert);
   [[nodiscard]] std::optional<std::uint32_t> find_victim(Victim victim) const;
+  [[nodiscard]] std::optional<std::uint32_t> last_to_go(
+      std::span<const std::uint32_t> experts) const;
+  [[nodiscard]] bool may_go(std::uint32_t expert) const;
 
+  std::unique_ptr<Policy> policy_;
   std::vector<Expert> experts_;
   std::vector<Slot> slots_;
-  std::list<std::uint32_t> by_use_;  // slots, the one used longest ago first
+  std::vector<std::uint32_t> empty_;     // slots
+  std::vector<std::uint32_t> listed_;    // experts of the latest list
+  std::vector<std::uint32_t> expected_;  // experts of the next one, perhaps
   std::uint32_t list_number_ = 0;
   std::uint64_t num_evictions_ = 0;
 };

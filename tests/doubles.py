@@ -64,7 +64,9 @@ class FakeCache:
         self.fail: dict[int, Exception] = {}
         self.closed = False
 
-    def prefetch(self, layer: int, experts: list[int]) -> None:
+    def prefetch(self, layer: int, experts: list[int], tokens: list[int], num_tokens: int) -> None:
+        assert len(tokens) == len(experts)
+        assert max(tokens, default=0) <= num_tokens
         self.prefetched.append((layer, list(experts)))
 
     def decode(self, layer: int, expert: int, matrix: int, out: np.ndarray) -> None:

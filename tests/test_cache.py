@@ -105,7 +105,7 @@ def counted(cache):
 
 
 def test_the_least_recently_used_expert_goes_first(shards):
-    cache = shards.open(slots=3)
+    cache = shards.open(slots=3, policy="lru")
     assert cache.slots == 3
     for expert in (0, 1, 2):
         shards.check_expert(cache, 0, expert)
@@ -130,7 +130,7 @@ def test_the_least_recently_used_expert_goes_first(shards):
 )
 @settings(max_examples=40, derandomize=True, deadline=None)
 def test_counters_are_those_of_a_least_recently_used_cache(shards, slots, uses):
-    cache = shards.open(slots=slots)
+    cache = shards.open(slots=slots, policy="lru")
     model, hits, num_bytes, evictions = {}, 0, 0, 0  # a dict remembers the order of insertion
     for key in uses:
         shards.check_expert(cache, *key)
@@ -251,12 +251,15 @@ def test_the_reader_asked_for_engages(shards, reader):
     cache.close()
 
 
-def test_unknown_readers_and_instruction_sets_are_refused(shards):
+def test_unknown_readers_instruction_sets_and_policies_are_refused(shards):
     for reader in ("mmap", "io_uring+", "pread+sideways", "+direct+"):
         with pytest.raises(ValueError, match="unknown"):
             shards.open(reader=reader)
     with pytest.raises(ValueError, match="vax"):
         shards.open(isa="vax")
+    for policy in ("random", "static", "belady"):  # a cache knows neither popularity nor future
+        with pytest.raises(ValueError, match=policy):
+            shards.open(policy=policy)
 
 
 def test_slots_and_memory_follow_the_capacity(shards):

@@ -25,7 +25,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("matrix", [0, 1, 2])
 @pytest.mark.parametrize("reader", READERS)
 def test_a_flipped_bit_names_its_place_and_nothing_is_decoded(shards, reader, matrix, plane):
-    cache = shards.open(slots=2, reader=reader)
+    cache = shards.open(slots=2, reader=reader, policy="lru")
     path = shards.paths[1]
     row = shards.row(1, 2, matrix)
     offset, length = int(row[10 + 3 * plane]), int(row[11 + 3 * plane])

@@ -79,7 +79,7 @@ def measure_reads(
     """
 
 class ExpertCache:
-    """Expert records kept compressed in memory: read on demand, verified, LRU.
+    """Expert records kept compressed in memory: read on demand, verified.
 
     `paths`: the expert shards. `matrices`: u64 [n, 16], one row per matrix, rows of one expert
     together in order of use: layer, expert, matrix, shard (ordinal in paths), codec id, bytes per
@@ -99,11 +99,14 @@ class ExpertCache:
         capacity_bytes: int,
         reader: str = "",
         isa: str = "",
+        policy: str = "",
         request_bytes: int = 0,
         depth: int = 0,
     ) -> None:
         """capacity_bytes: all that it may allocate. reader "": io_uring if it works, else pread.
 
+        policy: which expert goes when a slot is needed, one of `policies()` that need not be told
+        anything beforehand; "": "request".
         request_bytes, depth: requests to the drive and how many at once; 0: what is good on most.
         "io_uring" and "pread" insist on one; "+direct" or "+buffered" after it on how files are
         read. Raises BudgetError below `floor_bytes`, ValueError for names that are unknown or
@@ -117,6 +120,8 @@ class ExpertCache:
     @property
     def isa(self) -> str: ...
     @property
+    def policy(self) -> str: ...
+    @property
     def slots(self) -> int:
         """How many experts it can hold."""
     @property
@@ -124,8 +129,21 @@ class ExpertCache:
     @staticmethod
     def floor_bytes(matrices: NDArray[np.uint64]) -> int:
         """Least capacity_bytes that works for these matrices."""
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+    def begin_request(self, share: float = 1.0) -> None:
+        """Tell the policy that a request begins, which will have this part of the tokens to come.
+
+        1: it runs alone.
+        """
+    def prefetch(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        tokens: Sequence[int] = ...,
+        num_tokens: int = 1,
+    ) -> None:
         """Start reading those that are absent, as far as slots allow; does not wait.
+
+        tokens: how many of the pass's `num_tokens` chose each; empty: one each.
 
         The others follow in the background as slots become free. What goes wrong surfaces at
         `decode` of that expert. A later list replaces this one.
@@ -150,6 +168,28 @@ class ExpertCache:
         """
     def close(self) -> None:
         """Free threads, files and memory. Idempotent. Any later call raises ValueError."""
+
+def policies() -> list[str]:
+    """Name the replacement policies: first the default, last those that are told something."""
+
+def replay(
+    experts: NDArray[np.uint32],
+    tokens: NDArray[np.uint32],
+    begins: NDArray[np.float64],
+    *,
+    num_experts: int,
+    policy: str,
+    slots: int,
+    popularity: NDArray[np.float64],
+) -> dict[str, Any]:
+    """Run recorded routing through a policy as the cache would if every read were over at once.
+
+    experts [tokens, layers, k], pass after pass; tokens [passes]; begins [passes]: what part of a
+    pass's requests begins with it. popularity [layers * experts]: for the policy "static", else
+    empty. "belady" is told the future by the routing itself.
+
+    Gives hits and misses [passes, layers], and evictions.
+    """
 
 class Gate(enum.Enum):
     """The activation between the products of a gated block."""

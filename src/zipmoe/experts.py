@@ -149,7 +149,8 @@ def _run(
     dtype.
     """
     source, layer = standin.source, standin.layer
-    source.cache.prefetch(layer.ordinal, [expert for expert, _, _ in groups])
+    tokens = [end - start for _, start, end in groups]
+    source.cache.prefetch(layer.ordinal, [expert for expert, _, _ in groups], tokens, len(hidden))
     rows, dtype = token.shape[0], standin.dtype
     out = torch.empty(rows, layer.rows("down"), dtype=dtype)
     activate: Callable[[Tensor], Tensor] = self._apply_gate if self.has_gate else self.act_fn

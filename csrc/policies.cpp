@@ -37,14 +37,14 @@ class Fifo final : public Policy {
 class Marking final : public Policy {
  public:
   using Policy::Policy;
-  void use(std::uint32_t expert, std::uint32_t) override {
-    set_worth_used(expert, phase_ + draw());
-  }
+  void use(std::uint32_t expert, std::uint32_t) override { mark(expert); }
   void evict(std::uint32_t expert) override {
     if (worth(expert) >= phase_) ++phase_;
   }
+  void admit(std::uint32_t expert) override { mark(expert); }  // perhaps the first of a phase
 
  private:
+  void mark(std::uint32_t expert) { set_worth_used(expert, phase_ + draw()); }
   double draw() {  // in [0, 1), the same in every run: splitmix64
     std::uint64_t z = (state_ += 0x9E3779B97F4A7C15U);
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;

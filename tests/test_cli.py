@@ -17,6 +17,7 @@ from zipmoe._errors import BudgetError, CorruptError, FetchError, MismatchError,
 from zipmoe.cli import app
 
 COMMANDS = ["pack", "unpack", "verify", "inspect", "generate", "chat", "demo"]
+NESTED = ["trace show", "bench policy"]
 
 
 def run(*words, stdin=None):
@@ -53,13 +54,13 @@ def test_help_names_every_command_and_imports_no_torch():
         [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
     )
     assert "heavy []" in done.stdout
-    for command in COMMANDS:
+    for command in (*COMMANDS, *(nested.split()[0] for nested in NESTED)):
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS + NESTED)
 def test_help_of_a_command_gives_an_example_and_explains_every_option(command):
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     if command != "demo":

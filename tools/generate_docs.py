@@ -6,8 +6,10 @@ docs/cli.md comes from the commands' own help.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import typer
 from typer.testing import CliRunner
 
 from zipmoe.cli import app
@@ -38,12 +40,22 @@ def help_of(*words: str) -> str:
     return "\n".join(line.rstrip() for line in done.output.strip().splitlines())
 
 
+def commands(of: typer.Typer) -> Iterator[list[str]]:
+    """Yield the words of every command, those of groups after the others."""
+    for command in of.registered_commands:
+        yield [command.callback.__name__ if command.callback else ""]
+    for group in of.registered_groups:
+        if group.typer_instance:
+            for words in commands(group.typer_instance):
+                yield [str(group.name), *words]
+
+
 def cli_page() -> str:
     """Return docs/cli.md as it should be."""
     parts = [INTRODUCTION, f"```text\n{help_of()}\n```"]
-    for command in app.registered_commands:
-        name = command.callback.__name__ if command.callback else ""
-        parts.append(f"## zipmoe {name}\n\n```text\n{help_of(name)}\n```")
+    parts += [
+        f"## zipmoe {' '.join(words)}\n\n```text\n{help_of(*words)}\n```" for words in commands(app)
+    ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

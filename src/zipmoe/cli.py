@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import __version__
+from ._routing_commands import bench_app, trace_app
 from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
 
 app = typer.Typer(
@@ -385,6 +386,10 @@ def demo(
                 from ._chat import Chat
 
                 Chat(terminal, loaded, max_tokens=256, temperature=0.0, seed=0).run()
+
+
+app.add_typer(trace_app, name="trace")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

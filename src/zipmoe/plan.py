@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, pairwise, permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ __all__ = [
     "PartSize",
     "TierSplit",
     "Workload",
+    "best_split",
     "candidate_splits",
     "expert_task",
     "filled_split",
@@ -227,12 +228,20 @@ class LayerModel:
         borders = np.cumsum([0, *split.pools])
         kinds = zip(borders, borders[1:], split.pools, strict=False)
         hits = [activated[..., a:b].sum(axis=-1) for a, b, count in kinds if count]
-        number = activated.sum(axis=-1)
-        times = np.zeros(number.shape)
-        for size in np.unique(number):
-            same = number == size
+        return float(self.times(split, hits, activated.sum(axis=-1)).mean())
+
+    def times(
+        self,
+        split: TierSplit,
+        hits: Sequence[NDArray[np.integer[Any]]],
+        activated: NDArray[np.integer[Any]],
+    ) -> NDArray[np.float64]:
+        """Seconds of layers, from the hits in each tier of the split and all activated experts."""
+        times = np.zeros(activated.shape)
+        for size in np.unique(activated):
+            same = activated == size
             times[same] = self._table(split.tiers, int(size))[tuple(h[same] for h in hits)]
-        return float(times.mean())
+        return times
 
     def read_bytes(self, split: TierSplit) -> float:
         """Bytes that are read, on average."""
@@ -297,7 +306,7 @@ def plan_cache(
     token = fit_law(popularity.inclusion)
     model = LayerModel(sizes, profile, token, workload.batch)
     share = memory.cache // sizes.layers
-    split = _best_split(model, share)
+    split = best_split(model, share)
     return CachePlan(
         memory=memory,
         split=split,
@@ -310,7 +319,8 @@ def plan_cache(
     )
 
 
-def _best_split(model: LayerModel, share: int) -> TierSplit:
+def best_split(model: LayerModel, share: int) -> TierSplit:
+    """Find the split of a layer's share of the memory with the least expected makespan."""
     costs = {split: model.makespan(split)[0] for split in candidate_splits(model, share)}
     best = min(costs, key=lambda split: costs[split])
     while True:

@@ -24,27 +24,13 @@ std::uint64_t slot_stride(const ExpertTable& table) {
                                         // no further
 }
 
-// By record: its layer.
-std::vector<std::uint32_t> layers_of(const ExpertTable& table) {
-  std::vector<std::uint32_t> layers;
-  layers.reserve(table.records().size());
-  for (const ExpertRecord& record : table.records()) layers.push_back(record.layer);
-  return layers;
-}
-
-std::uint32_t num_layers(const ExpertTable& table) {
-  std::uint32_t last = 0;
-  for (const ExpertRecord& record : table.records()) last = std::max(last, record.layer);
-  return last + 1;
-}
-
 // All that a cache of so many slots allocates.
 std::uint64_t needed_bytes(const ExpertTable& table, std::uint64_t num_slots) {
   const std::uint64_t num_records = table.records().size();
   constexpr std::uint64_t kPerWanted = sizeof(std::uint32_t);
   constexpr std::uint64_t kPerSlot = 128;  // its share of reads_, and the read under way
   return kOverheadBytes + table.bytes() + table.decode_scratch() + num_records * kPerWanted +
-         Residency::bytes(num_records, num_layers(table), num_slots) +
+         Residency::bytes(num_records, table.num_layers(), num_slots) +
          num_slots * (kPerSlot + slot_stride(table));
 }
 
@@ -95,7 +81,7 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
       allocated_bytes_(needed_bytes(table_, num_slots_)),
       policy_name_(options.policy.empty() ? kDefaultPolicy : options.policy),
       owner_(getpid()),
-      residency_(make_policy(policy_name_, {layers_of(table_)}),
+      residency_(make_policy(policy_name_, {table_.layers()}),
                  static_cast<std::uint32_t>(table_.records().size()), num_slots_),
       reads_(num_slots_),
       is_ahead_(num_slots_) {

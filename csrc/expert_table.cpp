@@ -157,6 +157,7 @@ void ExpertTable::index() {
     keys_.push_back({std::uint64_t{records_[i].layer} << 32 | records_[i].expert, i});
   }
   std::sort(keys_.begin(), keys_.end());
+  num_layers_ = static_cast<std::uint32_t>(keys_.back().value >> 32) + 1;
   const auto twice = std::adjacent_find(keys_.begin(), keys_.end(),
                                         [](Key a, Key b) { return a.value == b.value; });
   if (twice == keys_.end()) return;
@@ -181,6 +182,13 @@ std::uint32_t ExpertTable::find(std::uint64_t layer, std::uint64_t expert) const
   }
   throw std::invalid_argument("there is no expert " + std::to_string(expert) + " in layer " +
                               std::to_string(layer));
+}
+
+std::vector<std::uint32_t> ExpertTable::layers() const {
+  std::vector<std::uint32_t> layers;
+  layers.reserve(records_.size());
+  for (const ExpertRecord& record : records_) layers.push_back(record.layer);
+  return layers;
 }
 
 std::uint64_t ExpertTable::largest_record_bytes() const {

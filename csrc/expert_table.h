@@ -58,6 +58,9 @@ class ExpertTable {
   }
   // Ordinal of a record. Throws std::invalid_argument where there is no such expert.
   [[nodiscard]] std::uint32_t find(std::uint64_t layer, std::uint64_t expert) const;
+  // By record: its layer.
+  [[nodiscard]] std::vector<std::uint32_t> layers() const;
+  [[nodiscard]] std::uint32_t num_layers() const { return num_layers_; }
   [[nodiscard]] std::uint64_t largest_record_bytes() const;
   // The most that decoding any one matrix allocates.
   [[nodiscard]] std::uint64_t decode_scratch() const;
@@ -78,6 +81,7 @@ class ExpertTable {
   std::vector<ExpertMatrix> matrices_;
   std::vector<ExpertRecord> records_;
   std::vector<Key> keys_;  // sorted
+  std::uint32_t num_layers_ = 0;
 };
 
 // "matrix 1 (up)", say. Roles follow from the number: gate, up, down, or up, down.

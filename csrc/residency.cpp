@@ -39,8 +39,7 @@ void Residency::list(const LayerList& wanted) {
   ++list_number_;
   policy_->begin_layer(wanted.layer, wanted.num_tokens);
   for (const std::uint32_t expert : listed_) tell_policy(expert);
-  for (const std::uint32_t expert : expected_) tell_policy(expert);
-  expected_.clear();
+  expect({});
   listed_.assign(wanted.experts.begin(), wanted.experts.end());
   for (const std::uint32_t expert : listed_) {
     experts_[expert].listed = list_number_;
@@ -54,12 +53,12 @@ bool Residency::is_awaited(std::uint32_t expert) const {
 
 void Residency::expect(std::span<const std::uint32_t> experts) {
   for (const std::uint32_t expert : expected_) {
-    experts_[expert].expected = 0;
+    experts_[expert].expected = false;
     tell_policy(expert);
   }
   expected_.assign(experts.begin(), experts.end());
   for (const std::uint32_t expert : expected_) {
-    experts_[expert].expected = list_number_;
+    experts_[expert].expected = true;
     tell_policy(expert);
   }
 }
@@ -109,8 +108,7 @@ bool Residency::may_go(std::uint32_t expert) const {
 }
 
 void Residency::tell_policy(std::uint32_t expert) {
-  const bool is_expected = list_number_ > 0 && experts_[expert].expected == list_number_;
-  if (may_go(expert) && !is_awaited(expert) && !is_expected)
+  if (may_go(expert) && !is_awaited(expert) && !experts_[expert].expected)
     policy_->offer(expert);
   else
     policy_->withdraw(expert);

@@ -69,9 +69,9 @@ class Residency {
  private:
   struct Expert {
     std::uint32_t slot;
-    std::uint32_t listed = 0;    // number of the latest list that names it
-    std::uint32_t expected = 0;  // number of the list during which it was expected
+    std::uint32_t listed = 0;  // number of the latest list that names it
     bool visiting = false;
+    bool expected = false;  // in the list after this one
   };
   struct Slot {
     std::uint32_t expert = 0;  // meaningless while empty

@@ -158,3 +158,22 @@ def few_slots(loaded: Any) -> Any:
     cache = _core.ExpertCache(paths, table, capacity_bytes=floor + 100_000)
     assert 4 <= cache.slots < len(table) // 3
     return cache
+
+
+def test_what_was_read_ahead_stays_until_the_next_list(shards: Any) -> None:
+    # Whatever a policy thinks of an expert that nobody has used yet.
+    cache = shards.open(slots=4)
+    for _ in range(4):
+        for expert in (0, 1, 2, 3):
+            cache.prefetch(0, [expert])
+            shards.check_expert(cache, 0, expert)
+    cache.prefetch(0, [0])
+    shards.check_expert(cache, 0, 0)
+    cache.look_ahead(1, [5])
+    wait_until(cache, ahead_reads=1)
+    for expert in (4, 5):  # asked for without a list
+        shards.check_expert(cache, 0, expert)
+    cache.prefetch(1, [5])
+    shards.check_expert(cache, 1, 5)
+    assert cache.counters()["ahead_used"] == 1
+    cache.close()

@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
@@ -80,6 +81,14 @@ void bind_engine(nb::module_& m) {
              named["calls"] = self.counters().calls;
              named["busy_ns"] = self.counters().busy_ns;
              return named;
+           })
+      .def("record_routing", &Engine::record_routing, "is_on"_a)
+      .def("take_routing",
+           [](Engine& self) {
+             nb::list taken;
+             for (RoutingRecord& record : self.take_routing())
+               taken.append(nb::make_tuple(record.layer, record.k, nb::cast(record.experts)));
+             return taken;
            })
       .def(
           "read",

@@ -28,6 +28,12 @@ struct Routing {
   std::uint64_t num_experts;
 };
 
+// What the tokens of one call chose in a layer, [tokens, k].
+struct RoutingRecord {
+  std::uint64_t layer, k;
+  std::vector<std::int64_t> experts;
+};
+
 struct EngineCounters {
   std::uint64_t calls = 0;
   std::uint64_t busy_ns = 0;  // in calls, waiting for reads included
@@ -66,6 +72,11 @@ class Engine {
   void multiply_expert(ExpertCache& cache, std::uint64_t layer, std::uint64_t expert,
                        std::uint64_t matrix, const Input& x, std::uint16_t* y,
                        std::ptrdiff_t stride);
+
+  // From now on, notes what the routers of MoE blocks choose, or stops to.
+  void record_routing(bool is_on);
+  // What was noted since it was last asked for.
+  std::vector<RoutingRecord> take_routing();
 
   // The exclusive or of all whole words: for measuring how fast memory is read.
   std::uint64_t read(std::span<const std::uint8_t> bytes);
@@ -161,6 +172,8 @@ class Engine {
   std::vector<Router> routers_;  // by thread
   std::vector<std::int64_t> chosen_;
   std::vector<float> weights_;  // of the chosen
+  bool records_routing_ = false;
+  std::vector<RoutingRecord> routing_;
   std::vector<Visit> shared_visits_;
   std::vector<GatedTask> tasks_;
   std::vector<Held> held_;  // of the tasks: never more than kTasksTogether, which it has room for

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "engine_work.h"
 #include "scalar.h"
@@ -61,6 +62,17 @@ void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
   }
 }
 
+void Engine::record_routing(bool is_on) {
+  const std::lock_guard lock(mutex_);
+  records_routing_ = is_on;
+  if (!is_on) routing_.clear();
+}
+
+std::vector<RoutingRecord> Engine::take_routing() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(routing_, {});
+}
+
 void Engine::begin_total(std::uint64_t width, std::uint64_t tokens) {
   width_ = width;
   std::memset(grown<float>(total_, width * tokens), 0, width * tokens * sizeof(float));
@@ -102,7 +114,9 @@ void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
 Columns Engine::ask_for_experts(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
                                 const Input& x) {
   const Columns columns = ready_columns(x, block.router->columns(), block_columns_);
-  list_visits(route(block, columns), x.count);
+  const Routing routing = route(block, columns);
+  if (records_routing_) routing_.push_back({layer, routing.k, chosen_});
+  list_visits(routing, x.count);
   cache.prefetch(layer, distinct_, tokens_, x.count);
   return columns;
 }

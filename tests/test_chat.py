@@ -19,6 +19,7 @@ from zipmoe._errors import FetchError, ZipmoeError
 from zipmoe._terminal import Terminal
 from zipmoe.budget import available_memory
 from zipmoe.cli import app
+from zipmoe.routing import load_trace
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,24 @@ def test_generate_prints_one_document_with_stock_s_tokens(checkpoint, store):
     engaged = {"compute", "codec", "isa", "reader", "in_parts", "fell_back"}
     assert document["engaged"].keys() == engaged
     assert document["memory"].keys() >= {"base", "dense", "kv", "scratch", "cache"}
+
+
+def test_generate_and_chat_record_their_routing(store, tmp_path):
+    words = ["generate", store, "--prompt", "hello", "--max-tokens", 6, "--json", *ROOMY]
+    result = run(*words, "--record", tmp_path / "one.npz")
+    assert result.exit_code == 0, result.output
+    trace = load_trace(tmp_path / "one.npz")
+    document = json.loads(result.stdout)
+    assert trace.tokens.tolist() == [document["prompt_tokens"], 1, 1, 1, 1, 1]
+    chat = run(
+        "chat", store, "--max-tokens", 3, *ROOMY, "--record", tmp_path / "two.npz", stdin="a\nb\n"
+    )
+    assert chat.exit_code == 0, chat.output
+    assert len(load_trace(tmp_path / "two.npz").requests) == 2
+    silent = run("chat", store, *ROOMY, "--record", tmp_path / "none.npz", stdin="")
+    assert silent.exit_code == 0, silent.output
+    assert "no routing was recorded" in silent.stderr
+    assert not (tmp_path / "none.npz").exists()
 
 
 def test_generate_puts_the_text_on_stdout_and_the_account_on_stderr(store):

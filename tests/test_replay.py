@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from zipmoe import _core
+from zipmoe import _core, hardware
 from zipmoe._errors import TraceError
 from zipmoe._rank_model import fit_law
 from zipmoe._synthetic_routing import Routing, synthetic_trace
-from zipmoe.bench import BITS, bench_policies, expert_sizes, machine_profile
+from zipmoe.bench import BITS, TYPICAL, bench_policies, expert_sizes
 from zipmoe.cli import app
+from zipmoe.hardware import DECODED, MULTIPLIED, CoreRates, Drive, Profile, Rate
 from zipmoe.plan import LayerModel, MachineProfile, TierSplit
 from zipmoe.replay import Replayer
 from zipmoe.routing import Trace, by_recency, save_trace
@@ -23,7 +24,7 @@ from zipmoe.trace import summarize
 SIZES = Routing(
     num_experts=16, num_layers=3, top_k=2, num_requests=5, prompt_tokens=6, decode_tokens=20
 )
-PROFILE = machine_profile(2.8e9, workers=2)
+PROFILE = TYPICAL
 WEIGHTS = 3 * 1024 * 512
 
 
@@ -202,6 +203,17 @@ def test_bench_policy_prints_every_policy_for_every_split(trace, file):
     )
     assert lru["over_lru"] == 1
     assert lru["over_belady"] > 1
+
+
+def test_bench_policy_takes_the_rates_of_a_store_s_drive(file, tmp_path, monkeypatch):
+    rates = Rate(1e18, 1e18, 1e18)
+    codecs = dict.fromkeys((*MULTIPLIED, *DECODED), rates)
+    drive = Drive("pread", 1 << 20, 8, Rate(1e6, 1e6, 1e6))
+    found = Profile(CoreRates("portable", 2, codecs, codecs, rates), drive)
+    monkeypatch.setattr(hardware, "profile", lambda folder: found if folder == tmp_path else None)
+    result = run("bench", "policy", "--trace", file, "--slots", 15, "--store", tmp_path, "--json")
+    for row in json.loads(result.stdout)["policies"]:
+        assert row["decode_s"] == pytest.approx(row["decode_read_bytes"] / 1e6)
 
 
 def test_bench_policy_needs_no_trace_and_refuses_what_it_cannot_do(file, tmp_path):

@@ -29,6 +29,7 @@ RUNTIME = {
     "linear",
     "norm",
     "packed",
+    "recording",
     "_expert_engine",
     "_forwards",
     "_native_block",

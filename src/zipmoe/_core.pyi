@@ -239,6 +239,12 @@ class Engine:
     def counters(self) -> dict[str, int]:
         """Count calls, and busy_ns: in calls, waiting for reads included."""
 
+    def record_routing(self, is_on: bool) -> None:
+        """Note what the routers of MoE blocks choose from now on, or stop to."""
+
+    def take_routing(self) -> list[tuple[int, int, list[int]]]:
+        """Take what was noted since the last time: of each call, layer, k and choices, by token."""
+
     def read(self, data: NDArray[np.uint8]) -> int:
         """Read memory at full speed; returns the exclusive or of its words."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -83,6 +83,8 @@ class ExpertSource:
     engine: Any = None  # `zipmoe._core.Engine`: compute="native"; None: torch multiplies
     lock: threading.Lock = field(default_factory=threading.Lock)
     gates: dict[type, _core.Gate | None] = field(default_factory=dict)  # see `is_one_call`
+    # Told of (layer, experts [tokens, k]) where the engine does not choose: see `recording`.
+    on_routing: Callable[[int, Tensor], None] | None = None
     needs_whole: dict[type, bool] = field(default_factory=dict)  # see the function of that name
     _buffers: dict[tuple[str, int, int, torch.dtype], Buffer] = field(default_factory=dict)
 

@@ -37,6 +37,7 @@ from zipmoe.gated import replace_gated
 from zipmoe.layers import replace_blocks
 from zipmoe.norm import replace_norms
 from zipmoe.packed import PackedDense
+from zipmoe.recording import announce_request
 from zipmoe.store import open_store
 
 if TYPE_CHECKING:
@@ -306,6 +307,7 @@ class ZipmoeQuantizer(HfQuantizer):
             self._paths, self._table, capacity_bytes=runtime.report.cache, **self._reading()
         )
         model.zipmoe = runtime
+        model.register_forward_pre_hook(announce_request, with_kwargs=True)
         weakref.finalize(model, runtime.close)
         return model
 

@@ -98,10 +98,14 @@ def policy(
     weights: Annotated[
         int, typer.Option(min=3, metavar="N", help="Weights of an expert, all its matrices.")
     ] = 3 * 1408 * 2048,
-    drive: Annotated[
-        int, typer.Option(parser=_bytes, metavar="SIZE", help="What the drive reads in a second.")
-    ] = 2_800_000_000,
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Cores that compute.")] = 2,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE",
+            help="Take the rates of this machine and of the drive of this folder, as `zipmoe "
+            "profile` measures them. Default: those of a server with two cores and 2.8 GB/s.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Replay routing through every replacement policy and several tier splits.
@@ -115,7 +119,8 @@ def policy(
       zipmoe bench policy --trace routing.npz --memory 4GB
       zipmoe bench policy --synthetic 48x128x8 --slots 2000 --json
     """
-    from .bench import bench_policies, expert_sizes, machine_profile
+    from .bench import TYPICAL, bench_policies, expert_sizes, machine_profile
+    from .hardware import profile
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
@@ -125,8 +130,9 @@ def policy(
         if memory is None:
             count = slots or round(0.3 * sizes.layers * sizes.experts)
             memory = count * expert_bytes
+        rates = TYPICAL if store is None else machine_profile(profile(store))
         try:
-            found = bench_policies(routing, sizes, machine_profile(drive, workers), memory)
+            found = bench_policies(routing, sizes, rates, memory)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         terminal.document(found.as_dict())

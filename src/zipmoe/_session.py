@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .budget import available_memory, format_bytes
 from .generate import generate
 from .model import load
+from .recording import RoutingRecording
+from .routing import save_trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +38,21 @@ def loaded_model(
             )
         terminal.say(str(loaded.memory))
         yield loaded
+
+
+@contextmanager
+def recorded(terminal: Terminal, loaded: Loaded, path: Path | None) -> Iterator[None]:
+    """Record the routing of what happens inside, if there is a file to write it to."""
+    if path is None:
+        yield
+        return
+    with RoutingRecording(loaded.model, loaded.runtime.source) as recording:
+        yield
+    if not recording.steps:
+        terminal.say("no token was computed: no routing was recorded")
+        return
+    save_trace(recording.trace(), path)
+    terminal.say(f"{path}: routing of {recording.steps} passes")
 
 
 def answer(

@@ -25,9 +25,10 @@ from zipmoe.routing import by_recency
 from zipmoe.schedule import Tier
 
 if TYPE_CHECKING:
+    from zipmoe.hardware import Profile
     from zipmoe.routing import Trace
 
-__all__ = ["PolicyBench", "bench_policies", "expert_sizes", "machine_profile"]
+__all__ = ["BITS", "TYPICAL", "PolicyBench", "bench_policies", "expert_sizes", "machine_profile"]
 
 # Bits of a stored weight, N(0, 0.02) in BF16: benchmarks/results/codec.json.
 BITS = {
@@ -40,19 +41,25 @@ BITS = {
 }
 
 
-def machine_profile(read_bytes_s: float, workers: int) -> MachineProfile:
-    """Give this machine's rates.
+# Two cores of a Zen 4 server and a drive of its class, as in benchmarks/planner.py.
+TYPICAL = MachineProfile(
+    workers=2,
+    read_bytes_s=2.8e9,
+    multiply_bytes_s={"raw": 30e9, "rank3": 37e9, "rank223": 36e9, "rank4": 37e9},
+    decode_bytes_s={"zstd": 1.8e9, "lz4hc": 3e9},
+    flops=200e9,
+)
 
-    The place where a measured profile will be read. Until there is one, the drive's rate and the
-    workers are asked for, and the others are those of two cores of a Zen 4 server
-    (benchmarks/planner.py).
-    """
+
+def machine_profile(measured: Profile) -> MachineProfile:
+    """Give the rates that were measured of a machine."""
+    core = measured.core
     return MachineProfile(
-        workers=workers,
-        read_bytes_s=read_bytes_s,
-        multiply_bytes_s={"raw": 30e9, "rank3": 37e9, "rank223": 36e9, "rank4": 37e9},
-        decode_bytes_s={"zstd": 1.8e9, "lz4hc": 3e9},
-        flops=200e9,
+        workers=core.workers,
+        read_bytes_s=measured.drive.read_bytes_s.median,
+        multiply_bytes_s={codec: rate.median for codec, rate in core.multiply_bytes_s.items()},
+        decode_bytes_s={codec: rate.median for codec, rate in core.decode_bytes_s.items()},
+        flops=core.flops.median,
     )
 
 

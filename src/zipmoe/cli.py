@@ -79,6 +79,14 @@ Temperature = Annotated[
 Seed = Annotated[
     int, typer.Option(metavar="S", help="Seed of the draws when the temperature is above 0.")
 ]
+Record = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write which experts each token chose to this file, for `zipmoe trace show` and "
+        "`zipmoe bench policy`.",
+    ),
+]
 Compute = Annotated[
     Literal["native", "torch"],
     typer.Option(
@@ -273,6 +281,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "native",
+    record: Record = None,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt with a packed model, inside a memory budget.
@@ -286,13 +295,16 @@ def generate(
       zipmoe generate my-store --prompt - --max-tokens 500 --json < question.txt
     """
     from ._report import measured
-    from ._session import answer, loaded_model
+    from ._session import answer, loaded_model, recorded
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
         text = sys.stdin.read() if prompt == "-" else prompt
         options = {"context": context, "compute": compute}
-        with loaded_model(terminal, store, memory=memory, **options) as loaded:
+        with (
+            loaded_model(terminal, store, memory=memory, **options) as loaded,
+            recorded(terminal, loaded, record),
+        ):
             result = answer(
                 terminal,
                 loaded,
@@ -315,6 +327,7 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "native",
+    record: Record = None,
     system: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Instruction that stands before the conversation."),
@@ -329,12 +342,16 @@ def chat(
       zipmoe chat my-store --memory 6GB
     """
     from ._chat import Chat
-    from ._session import loaded_model
+    from ._session import loaded_model, recorded
 
     terminal = Terminal(as_json=False)
     options = {"context": context, "compute": compute}
     answers = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    with reporting(terminal), loaded_model(terminal, store, memory=memory, **options) as loaded:
+    with (
+        reporting(terminal),
+        loaded_model(terminal, store, memory=memory, **options) as loaded,
+        recorded(terminal, loaded, record),
+    ):
         Chat(terminal, loaded, system=system, **answers).run()
 
 

@@ -73,6 +73,8 @@ def experts_forward(
         return torch.empty_like(hidden)  # a skeleton is run for its shapes
     if hidden.device.type != "cpu":
         raise RuntimeError(f"zipmoe runs on the CPU; the hidden states are on {hidden.device}")
+    if standin.source.on_routing is not None:
+        standin.source.on_routing(standin.layer.ordinal, top_k_index)
     if _expert_engine.is_one_call(self, standin, hidden):
         total = _expert_engine.one_call(self, standin, hidden, top_k_index, top_k_weights)
         if torch.is_grad_enabled() and hidden.requires_grad:

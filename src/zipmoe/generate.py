@@ -97,7 +97,6 @@ def generate(
             "shorten the prompt or load with a larger context"
         )
     before = loaded.runtime.cache.counters()
-    loaded.runtime.cache.begin_request()
     stream = _Stream(loaded.tokenizer, on_text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

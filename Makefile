@@ -1,4 +1,5 @@
-# Every target does its own set-up; a second run is quick. Variables: PYTHON (python3), VENV (.venv).
+# Every target does its own set-up; a second run is quick. Variables: PYTHON (python3), VENV (.venv);
+# TRACES, a folder of count traces, for the part of a benchmark that needs them.
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
@@ -36,6 +37,7 @@ bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/resu
 	$(RUN) benchmarks/kernels.py --busy --out benchmarks/results/kernels.json
 	$(RUN) benchmarks/schedule.py --out benchmarks/results/schedule.json
 	$(RUN) benchmarks/planner.py --out benchmarks/results/planner.json
+	$(RUN) benchmarks/policy.py $(TRACES:%=--traces %) --out benchmarks/results/policy.json
 
 bench-models: $(STAMPS)/build $(STAMPS)/bench ## measure whole models, also against llama.cpp (34 GB of disk, 20 GB of memory)
 	tools/setup.sh llama

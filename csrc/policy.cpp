@@ -49,17 +49,17 @@ void Policy::withdraw(std::uint32_t expert) {
 }
 
 std::optional<std::uint32_t> Policy::victim() const {
-  std::optional<std::uint32_t> found;
+  const Heap* found = nullptr;
   Key least;
   for (std::uint32_t layer = 0; layer < heaps_.size(); ++layer) {
-    if (heaps_[layer].size == 0) continue;
-    const std::uint32_t top = places_[heaps_[layer].begin];
-    const Key key{compared(keys_[top].worth, layer), keys_[top].used};
-    if (found && !(key < least)) continue;
-    found = top;
+    const Heap& heap = heaps_[layer];
+    if (heap.size == 0) continue;
+    const Key key{compared(heap.least.worth, layer), heap.least.used};
+    if (found != nullptr && !(key < least)) continue;
+    found = &heap;
     least = key;
   }
-  return found;
+  return found == nullptr ? std::nullopt : std::optional(places_[found->begin]);
 }
 
 void Policy::set_worth_used(std::uint32_t expert, double worth) {
@@ -73,12 +73,13 @@ void Policy::set_worth(std::uint32_t expert, double worth) {
   if (at_[expert] != kNowhere) settle(expert);
 }
 
-void Policy::put(const Heap& heap, std::uint32_t place, std::uint32_t expert) {
+void Policy::put(Heap& heap, std::uint32_t place, std::uint32_t expert) {
   places_[heap.begin + place] = expert;
   at_[expert] = place;
+  if (place == 0) heap.least = keys_[expert];
 }
 
-void Policy::rise(const Heap& heap, std::uint32_t place) {
+void Policy::rise(Heap& heap, std::uint32_t place) {
   const std::uint32_t expert = places_[heap.begin + place];
   while (place > 0) {
     const std::uint32_t parent = (place - 1) / 2;
@@ -89,7 +90,7 @@ void Policy::rise(const Heap& heap, std::uint32_t place) {
   put(heap, place, expert);
 }
 
-void Policy::sink(const Heap& heap, std::uint32_t place) {
+void Policy::sink(Heap& heap, std::uint32_t place) {
   const std::uint32_t expert = places_[heap.begin + place];
   for (;;) {
     std::uint32_t child = 2 * place + 1;
@@ -105,7 +106,7 @@ void Policy::sink(const Heap& heap, std::uint32_t place) {
 }
 
 void Policy::settle(std::uint32_t expert) {
-  const Heap& heap = heaps_[layers_[expert]];
+  Heap& heap = heaps_[layers_[expert]];
   rise(heap, at_[expert]);
   sink(heap, at_[expert]);
 }

@@ -86,13 +86,14 @@ class Policy {
     auto operator<=>(const Key&) const = default;
   };
   struct Heap {
-    std::uint32_t begin, size;  // in places_
+    std::uint32_t begin = 0, size = 0;  // in places_
+    Key least;                          // what its top is worth: choices look nowhere else
   };
 
   [[nodiscard]] bool before(std::uint32_t a, std::uint32_t b) const { return keys_[a] < keys_[b]; }
-  void put(const Heap& heap, std::uint32_t place, std::uint32_t expert);
-  void rise(const Heap& heap, std::uint32_t place);
-  void sink(const Heap& heap, std::uint32_t place);
+  void put(Heap& heap, std::uint32_t place, std::uint32_t expert);
+  void rise(Heap& heap, std::uint32_t place);
+  void sink(Heap& heap, std::uint32_t place);
   void settle(std::uint32_t expert);
 
   std::vector<std::uint32_t> layers_;
@@ -108,8 +109,8 @@ template <class Change>
 void Policy::change_worths(const Change& change) {
   for (std::uint32_t expert = 0; expert < num_experts(); ++expert)
     keys_[expert].worth = change(expert, keys_[expert].worth);
-  for (const Heap& heap : heaps_)
-    for (std::uint32_t place = heap.size / 2; place-- > 0;) sink(heap, place);
+  for (Heap& heap : heaps_)
+    for (std::uint32_t place = (heap.size + 1) / 2; place-- > 0;) sink(heap, place);
 }
 
 // The default.

@@ -86,6 +86,21 @@ def test_from_pretrained_and_load_give_stock_bits(store):
         assert torch.equal(logits, stock(torch.tensor([[1, 2, 3]])).logits)
 
 
+def test_the_same_tokens_come_out_with_every_policy(store):
+    with zipmoe.load(store, memory="64GB") as loaded:
+        assert loaded.runtime.cache.policy == "request"
+        expected = answers(loaded.model, new_tokens=6)
+    with pytest.raises(zipmoe.BudgetError) as caught:
+        zipmoe.load(store, memory=10**6)
+    little = caught.value.floor_bytes + 50_000_000  # the base is measured anew for each load
+    for policy in ("request", "lru", "lfu", "fifo", "marking", "edgemoe"):
+        with zipmoe.load(store, memory=little, policy=policy) as loaded:
+            assert loaded.runtime.cache.policy == policy
+            assert expected.differences(answers(loaded.model, new_tokens=6)) == []
+    with pytest.raises(ValueError, match="roulette"):
+        zipmoe.load(store, memory="64GB", policy="roulette")
+
+
 def test_the_same_tokens_come_out_at_every_budget(store):
     with zipmoe.load(store, memory="64GB") as loaded:
         expected = answers(loaded.model, new_tokens=6)

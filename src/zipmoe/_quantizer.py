@@ -60,12 +60,13 @@ class LoadOptions:
 
     memory: bytes for the whole process, None for what is available less a reserve. context: most
     tokens of prompt and answer together, None for 4096 or the model's own maximum if that is
-    less.
+    less. policy: which expert goes when a slot is needed, "" for the default.
     """
 
     memory: int | None = None
     context: int | None = None
     compute: str = "native"
+    policy: str = ""
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTES:
@@ -304,7 +305,11 @@ class ZipmoeQuantizer(HfQuantizer):
             runtime.in_parts = sorted({type(module).__name__ for module in left})
             kv.attach(model)
         runtime.source.cache = _core.ExpertCache(
-            self._paths, self._table, capacity_bytes=runtime.report.cache, **self._reading()
+            self._paths,
+            self._table,
+            capacity_bytes=runtime.report.cache,
+            policy=self.options.policy,
+            **self._reading(),
         )
         model.zipmoe = runtime
         model.register_forward_pre_hook(announce_request, with_kwargs=True)

@@ -89,6 +89,7 @@ def load(
     memory: str | int | None = None,
     compute: str = "native",
     context: int | None = None,
+    policy: str = "",
 ) -> Loaded:
     """Load a packed model.
 
@@ -102,6 +103,8 @@ def load(
         decoded weights through torch's own operators, bit for bit as stock transformers.
     context : most tokens of prompt and answer together; their KV cache is counted in the memory.
         None: 4096, or the model's maximum if that is less.
+    policy : which expert goes when memory for one is needed: "request" (the default), or "lru",
+        "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
 
     Returns
     -------
@@ -121,6 +124,7 @@ def load(
         memory=None if memory is None else budget.parse_memory(memory),
         context=context,
         compute=compute,
+        policy=policy,
     )
     folder = Path(store)
     open_store(folder).close()  # transformers reads nothing that has not been verified

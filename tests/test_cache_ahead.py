@@ -177,3 +177,18 @@ def test_what_was_read_ahead_stays_until_the_next_list(shards: Any) -> None:
     shards.check_expert(cache, 1, 5)
     assert cache.counters()["ahead_used"] == 1
     cache.close()
+
+
+def test_a_guess_that_was_wrong_and_a_list_that_was_not_used_go_at_the_next_list(
+    shards: Any,
+) -> None:
+    cache = shards.open(slots=2)
+    sizes = [shards.record(layer, expert)[2] for layer in (0, 1) for expert in (0, 1, 2, 3)]
+    cache.look_ahead(0, [0, 1])
+    wait_until(cache, ahead_reads=2, bytes_read=sum(sizes[:2]))
+    cache.prefetch(0, [2, 3])  # in the places of both guesses
+    wait_until(cache, bytes_read=sum(sizes[:4]))
+    cache.prefetch(1, [0, 1])  # in those of what was listed
+    wait_until(cache, bytes_read=sum(sizes[:6]))
+    assert cache.counters()["evictions"] == 4
+    cache.close()

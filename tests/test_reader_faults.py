@@ -181,7 +181,7 @@ def test_an_unreadable_place_is_a_fetch_error_and_the_rest_stays_usable(shards, 
 
 @pytest.mark.parametrize("reader", ["io_uring", "pread"])
 def test_a_file_truncated_while_open_is_corrupt(shards, reader):
-    cache = shards.open(reader=reader, slots=2)
+    cache = shards.open(reader=reader, slots=2, policy="lru")
     path, offset, length = shards.record(0, 3)
     whole = Path(path).read_bytes()
     for size in (offset, offset + 1, offset + 4096, offset + length - 1, 0):

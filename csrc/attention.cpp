@@ -21,14 +21,6 @@ constexpr u64 kScoreBytes = u64{1} << 20;
 // Turning keys pays from so many rows on.
 constexpr u32 kTurnFrom = 4;
 
-template <class T>
-T* room(Buffer& buffer, u64 n) {
-  // Beginning at a multiple of 64 bytes.
-  if (buffer.size() < n * sizeof(T) + 64) buffer.resize(n * sizeof(T) + 64);
-  const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
-  return reinterpret_cast<T*>((address + 63) / 64 * 64);
-}
-
 // Rows of a key/value head in one piece, counted as (query, head of the group), heads first.
 u32 rows_per_piece(const AttentionShape& shape, unsigned threads) {
   const u64 rows = shape.queries * (shape.heads / shape.kv_heads);
@@ -156,7 +148,7 @@ void Attention::Tile::collect_rows(u64 first_row) {
     }
     scores += (row.keys + kScoreSums - 1) / kScoreSums * kScoreSums;
   }
-  float* at = room<float>(score_room_, scores);
+  float* at = aligned_room<float>(score_room_, scores);
   for (u32 r = 0; r < count_; ++r) {
     rows_[r].scores = at;
     at += (rows_[r].keys + kScoreSums - 1) / kScoreSums * kScoreSums;
@@ -169,7 +161,7 @@ void Attention::Tile::restart() {
 
 void Attention::Tile::copy_queries() {
   const u32 width = input_->shape.key_width;
-  queries_ = room<u16>(query_room_, u64{count_} * query_stride());
+  queries_ = aligned_room<u16>(query_room_, u64{count_} * query_stride());
   for (u32 r = 0; r < count_; ++r) {
     u16* to = queries_ + r * query_stride();
     std::memcpy(to, input_->queries.at(batch_, rows_[r].head, rows_[r].query), width * sizeof(u16));
@@ -183,8 +175,8 @@ void Attention::Tile::compute_scores() {
   u32* turned = nullptr;
   float* block = nullptr;
   if (turns) {
-    turned = room<u32>(turned_room_, u64{query_stride()} / 2 * kKeyBlock);
-    block = room<float>(block_room_, u64{count_} * kKeyBlock);
+    turned = aligned_room<u32>(turned_room_, u64{query_stride()} / 2 * kKeyBlock);
+    block = aligned_room<float>(block_room_, u64{count_} * kKeyBlock);
   }
   for (u32 begin = begin_; begin < end_; begin += kKeyBlock) {
     const u32 end = std::min(end_, begin + kKeyBlock);
@@ -213,7 +205,7 @@ void Attention::Tile::compute_weights() {
     Softmax how{rule_->scaling, rule_->softcap, nullptr, nullptr};
     if (adds || rule_->bias.data != nullptr) {
       const u32 padded = (row.keys + kScoreSums - 1) / kScoreSums * kScoreSums;
-      float* bias = room<float>(bias_room_, padded);
+      float* bias = aligned_room<float>(bias_room_, padded);
       std::memset(bias, 0, padded * sizeof(float));
       if (rule_->bias.data != nullptr)
         add_bias(rule_->bias, batch_, row.head, row.query, runs(row), bias);
@@ -231,7 +223,7 @@ void Attention::Tile::compute_weights() {
 
 void Attention::Tile::add_values() {
   restart();
-  totals_ = room<float>(total_room_, u64{count_} * total_stride());
+  totals_ = aligned_room<float>(total_room_, u64{count_} * total_stride());
   std::memset(totals_, 0, u64{count_} * total_stride() * sizeof(float));
   for (u32 begin = begin_; begin < end_; begin += kKeyBlock) {
     const u32 end = std::min(end_, begin + kKeyBlock);

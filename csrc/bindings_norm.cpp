@@ -38,7 +38,7 @@ void bind_norm(nb::module_& m) {
             weight_is_wide ? reinterpret_cast<const float*>(weight) : nullptr};
         nb::gil_scoped_release release;
         rms_norm(reinterpret_cast<const std::uint16_t*>(x), rows, rule,
-                 reinterpret_cast<std::uint16_t*>(out), engaged(isa));
+                 reinterpret_cast<std::uint16_t*>(out), engaged(isa), *shared_pool());
       },
       "x"_a, "rows"_a, "width"_a, "weight"_a, "weight_is_wide"_a, "out"_a, nb::kw_only(), "kind"_a,
       "eps"_a, "isa"_a = "");

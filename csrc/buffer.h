@@ -51,6 +51,15 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
+// Room for n values that begins at a multiple of 64 bytes, the content undefined.
+template <class T>
+T* aligned_room(Buffer& buffer, std::size_t n) {
+  constexpr std::uintptr_t kLine = 64;
+  if (buffer.size() < n * sizeof(T) + kLine) buffer.resize(n * sizeof(T) + kLine);
+  const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
+  return reinterpret_cast<T*>((address + kLine - 1) / kLine * kLine);
+}
+
 // Room for n values, the content undefined.
 template <class T>
 T* grown(Buffer& buffer, std::size_t n) {

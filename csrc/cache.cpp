@@ -123,9 +123,7 @@ void ExpertCache::close() {
 
 void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts,
                            std::span<const std::uint32_t> tokens, std::uint64_t num_tokens) {
-  std::vector<std::uint32_t> records;
-  records.reserve(experts.size());
-  for (const std::uint64_t expert : experts) records.push_back(table_.find(layer, expert));
+  const std::vector<std::uint32_t> records = records_of(layer, experts);
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
@@ -136,6 +134,14 @@ void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> e
   wanted_.assign(records.begin(), records.end());
   ahead_.clear();
   start_wanted();
+}
+
+std::vector<std::uint32_t> ExpertCache::records_of(std::uint64_t layer,
+                                                   std::span<const std::uint64_t> experts) const {
+  std::vector<std::uint32_t> records;
+  records.reserve(experts.size());
+  for (const std::uint64_t expert : experts) records.push_back(table_.find(layer, expert));
+  return records;
 }
 
 void ExpertCache::begin_request(double share) {

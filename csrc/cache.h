@@ -147,6 +147,8 @@ class ExpertCache final : private ReadSink {
   std::uint32_t wait_for_read(Lock& lock, std::uint32_t slot);
 
   // Without it.
+  [[nodiscard]] std::vector<std::uint32_t> records_of(std::uint64_t layer,
+                                                      std::span<const std::uint64_t> experts) const;
   void release(std::uint32_t expert, std::uint32_t slot, bool ends_visit) noexcept;
   [[nodiscard]] std::optional<Failure> verify(std::uint32_t slot) const;
   [[nodiscard]] Failure describe(std::uint32_t slot, const ReadResult& result) const;

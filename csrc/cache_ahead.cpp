@@ -14,9 +14,7 @@ constexpr std::uint32_t kReadsAhead = 2;
 }  // namespace
 
 void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts) {
-  std::vector<std::uint32_t> records;
-  records.reserve(experts.size());
-  for (const std::uint64_t expert : experts) records.push_back(table_.find(layer, expert));
+  const std::vector<std::uint32_t> records = records_of(layer, experts);
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();

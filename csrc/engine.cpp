@@ -40,7 +40,12 @@ void Engine::product(const PackedMatrix& matrix, const Columns& x, const std::ui
 void Engine::multiply_wide(const PackedMatrix& matrix, const Input& x, float* y,
                            std::ptrdiff_t stride) {
   const Turn turn(*this);
-  products(matrix, ready_columns(x, matrix.columns(), columns_),
+  product_wide(matrix, ready_columns(x, matrix.columns(), columns_), y, stride);
+}
+
+void Engine::product_wide(const PackedMatrix& matrix, const Columns& x, float* y,
+                          std::ptrdiff_t stride) {
+  products(matrix, x,
            [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
              std::copy_n(values, rows, y + c * stride + begin);
            });

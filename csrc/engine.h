@@ -119,6 +119,7 @@ class Engine {
                 const Keep& keep);
   template <class Keep>
   void products(const PackedMatrix& matrix, const Columns& x, const Keep& keep);
+  void product_wide(const PackedMatrix& matrix, const Columns& x, float* y, std::ptrdiff_t stride);
   void product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
                std::uint16_t* y, std::ptrdiff_t stride);
   void list_visits(const Routing& routing, std::uint64_t tokens);
@@ -150,8 +151,6 @@ class Engine {
   void look_ahead(ExpertCache& cache, const DecoderLayer& layer, const std::uint16_t* x,
                   std::uint64_t tokens);
   void run_attention(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
-  void normalise(const NormRule& rule, const std::uint16_t* x, std::uint64_t rows,
-                 std::uint16_t* out);
   void add(const std::uint16_t* x, const std::uint16_t* more, std::uint64_t rows,
            std::uint64_t width, std::uint16_t* out);
   void project(const AttentionBlock& block, const Columns& x);

@@ -4,12 +4,10 @@
 #include <utility>
 
 #include "engine_work.h"
+#include "norm.h"
 
 namespace zipmoe {
 namespace {
-
-// Tokens of one piece of what is done to each by itself.
-constexpr std::uint64_t kPieceTokens = 8;
 
 void require(bool is_so, const char* what) {
   if (!is_so) throw std::invalid_argument(what);
@@ -61,26 +59,18 @@ void Engine::run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLa
   const std::uint64_t tokens = call.batch * call.queries, hidden = layer.moe->router->columns();
   auto* normed = grown<std::uint16_t>(normed_, tokens * hidden);
   auto* change = grown<std::uint16_t>(change_, tokens * hidden);
-  normalise(layer.before_attention, call.x, tokens, normed);
+  rms_norm(call.x, tokens, layer.before_attention, normed, isa_, *pool_);
   AttentionCall inside = call;
   inside.x = normed;
   run_attention(*layer.attention, inside, change);
   add(call.x, change, tokens, hidden, y);
-  normalise(layer.before_moe, y, tokens, normed);
+  rms_norm(y, tokens, layer.before_moe, normed, isa_, *pool_);
   const auto stride = static_cast<std::ptrdiff_t>(hidden);
   const Input states{normed, stride, tokens};
   const Columns columns = ask_for_experts(cache, number, *layer.moe, states);
   look_ahead(cache, layer, y, tokens);
   finish_moe(cache, number, *layer.moe, states, columns, change, stride);
   add(y, change, tokens, hidden, y);
-}
-
-void Engine::normalise(const NormRule& rule, const std::uint16_t* x, std::uint64_t rows,
-                       std::uint16_t* out) {
-  const NormRow row = norm_row(isa_);
-  pool_->run(rows, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
-    for (std::uint64_t r = begin; r < end; ++r) row(x + r * rule.width, rule, out + r * rule.width);
-  });
 }
 
 void Engine::add(const std::uint16_t* x, const std::uint16_t* more, std::uint64_t rows,

@@ -12,15 +12,13 @@
 #include <utility>
 
 #include "engine_work.h"
+#include "norm.h"
 #include "scalar.h"
 
 namespace zipmoe {
 namespace {
 
 constexpr std::uint64_t kFewColumns = 64;
-// Tokens of one piece of what is done to each by itself.
-constexpr std::uint64_t kPieceTokens = 8;
-
 }  // namespace
 
 // Forgets tasks and their leases, whatever happens.
@@ -176,13 +174,11 @@ void Engine::look_ahead(ExpertCache& cache, const DecoderLayer& layer, const std
   const PackedMatrix& router = *layer.next->moe->router;
   const std::uint64_t hidden = router.columns(), experts = router.rows();
   auto* normed = grown<std::uint16_t>(ahead_, tokens * hidden);
-  normalise(layer.next->before_moe, x, tokens, normed);
+  rms_norm(x, tokens, layer.next->before_moe, normed, isa_, *pool_);
   auto* logits = grown<float>(logits_, experts * tokens);
-  products(router,
-           ready_columns({normed, static_cast<std::ptrdiff_t>(hidden), tokens}, hidden, columns_),
-           [&](const float* values, std::uint64_t begin, std::uint64_t rows, std::uint32_t c) {
-             std::copy_n(values, rows, logits + c * experts + begin);
-           });
+  const Input states{normed, static_cast<std::ptrdiff_t>(hidden), tokens};
+  product_wide(router, ready_columns(states, hidden, columns_), logits,
+               static_cast<std::ptrdiff_t>(experts));
   const Routing routing = choose(layer.next->moe->rule, logits, tokens);
   guesses_.assign(routing.experts, routing.experts + tokens * routing.k);
   std::sort(guesses_.begin(), guesses_.end());
@@ -272,8 +268,7 @@ void Engine::gather_columns(const Input& x) {
   std::uint64_t size = 0;
   for (const GatedTask& task : tasks_)
     size += task.visits.size() * column_stride(task.matrices.up->columns());
-  auto* to = grown<std::uint16_t>(columns_, size + kGroupWeights);
-  to = aligned(to);
+  auto* to = aligned_room<std::uint16_t>(columns_, size);
   for (GatedTask& task : tasks_) {
     if (!task.is_routed) continue;  // has its columns
     const std::uint64_t weights = task.matrices.up->columns(), padded = column_stride(weights);

@@ -31,12 +31,8 @@ class Engine::Turn {
 inline constexpr std::uint64_t kPieceWeights = std::uint64_t{1} << 18;
 // Rows of a piece are many when they are few columns' only work, and at least so many.
 inline constexpr std::uint64_t kLeastRows = 32;
-
-// To the next multiple of 64 bytes: kGroupWeights words more are needed.
-inline std::uint16_t* aligned(std::uint16_t* words) {
-  constexpr std::uintptr_t kLine = 64;
-  return reinterpret_cast<std::uint16_t*>(ceil_to(reinterpret_cast<std::uintptr_t>(words), kLine));
-}
+// Tokens of one piece of what is done to each by itself.
+inline constexpr std::uint64_t kPieceTokens = 8;
 
 inline std::uint64_t piece_rows(std::uint64_t unit, std::uint64_t columns) {
   const std::uint64_t wanted =
@@ -97,7 +93,7 @@ void Engine::multiply_inner(std::span<GatedTask> tasks, const AtWork& at_work) {
     task.end = pieces += (up.rows() + task.grain - 1) / task.grain;
     size += column_stride(up.rows()) * task.x.count;
   }
-  std::uint16_t* room = aligned(grown<std::uint16_t>(inner_, size + kGroupWeights));
+  auto* room = aligned_room<std::uint16_t>(inner_, size);
   for (GatedTask& task : tasks) {
     const std::uint64_t rows = task.matrices.up->rows(), padded = column_stride(rows);
     task.inner = {room, static_cast<std::ptrdiff_t>(padded), task.x.count};

@@ -31,13 +31,6 @@ Sums part(const Sums& sums, std::uint64_t row, std::uint32_t column) {
   return {sums.data + at * static_cast<std::ptrdiff_t>(kSums), sums.stride, sums.begin};
 }
 
-template <class T>
-T* room(Buffer& buffer, std::size_t n) {
-  if (buffer.size() < n * sizeof(T) + kVectorSlack) buffer.resize(n * sizeof(T) + kVectorSlack);
-  const auto address = reinterpret_cast<std::uintptr_t>(buffer.data());
-  return reinterpret_cast<T*>(buffer.data() + (ceil_to(address, kVectorSlack) - address));
-}
-
 }  // namespace
 
 bool PackedMatrix::is_multiplied_packed(Codec codec) {
@@ -89,7 +82,9 @@ struct Multiplier::Panels {
 Multiplier::Multiplier(Isa isa)
     : kernels_(kernels(isa)), dot_(dot_kernels(isa)), codes_(std::make_unique<BlockCodes>()) {}
 
-float* Multiplier::values(unsigned which, std::size_t n) { return room<float>(values_[which], n); }
+float* Multiplier::values(unsigned which, std::size_t n) {
+  return aligned_room<float>(values_[which], n);
+}
 
 void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t end,
                       const Columns& x, float* y, std::ptrdiff_t stride) {
@@ -110,7 +105,7 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
   for (std::uint64_t row = begin; row < end; row += step) {
     const std::uint64_t real = std::min(step, end - row);
     const std::uint64_t height = ceil_to(real, kPanelRows);
-    float* sums = room<float>(sums_, height * x.count * kSums);
+    float* sums = aligned_room<float>(sums_, height * x.count * kSums);
     const Strip strip{matrix, row, row + height, {sums, static_cast<std::ptrdiff_t>(height), true}};
     if (!matrix.grid_)
       raw(strip, x);
@@ -168,7 +163,7 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
         BlockCodes::finish(ready, multiply(ready.coded, height, width, columns, sums));
         continue;
       }
-      auto* panel = room<std::uint16_t>(panel_, kBlockWeights);
+      auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
       decode_tile(strip, group, tile, panel, width);
       multiply_panels({panel, width, height, width, {}}, columns, sums);
     }
@@ -210,7 +205,7 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
   for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
     const auto width = static_cast<std::uint32_t>(grid.width(tile));
     const std::uint32_t stride = width + kPanelSkew;
-    auto* panel = room<std::uint16_t>(panel_, strip.height() * stride);
+    auto* panel = aligned_room<std::uint16_t>(panel_, strip.height() * stride);
     std::uint64_t end = 0;
     for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
       const std::uint64_t group = row / grid.row_group();
@@ -263,7 +258,7 @@ void Multiplier::raw(const Strip& strip, const Columns& x) {
       panels.ahead.lines = width / 32;
     }
     if (!direct) {
-      auto* panel = room<std::uint16_t>(panel_, strip.height() * width);
+      auto* panel = aligned_room<std::uint16_t>(panel_, strip.height() * width);
       std::memset(panel, 0, strip.height() * width * sizeof *panel);
       for (std::uint64_t row = strip.begin; row < std::min(strip.end, rows); ++row)
         std::memcpy(panel + (row - strip.begin) * width, data + row * columns + k,
@@ -291,7 +286,7 @@ void Multiplier::decode_row(const PackedMatrix& matrix, std::uint64_t row, std::
   const Grid& grid = *matrix.grid_;
   const std::uint64_t group = row / grid.row_group();
   const Strip strip{matrix, grid.first_row(group), grid.first_row(group) + grid.height(group), {}};
-  auto* panel = room<std::uint16_t>(panel_, kBlockWeights);
+  auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
   for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
     const auto width = static_cast<std::ptrdiff_t>(grid.width(tile));
     decode_tile(strip, group, tile, panel, width);
@@ -309,7 +304,7 @@ Columns ready_columns(const Input& input, std::uint64_t weights, Buffer& buffer)
   if (weights % kGroupWeights == 0 && count <= kCodedColumns && is_apart)
     return {input.data, input.stride, count};
   const std::uint64_t stride = column_stride(weights);
-  auto* copy = room<std::uint16_t>(buffer, stride * count);
+  auto* copy = aligned_room<std::uint16_t>(buffer, stride * count);
   for (std::uint64_t c = 0; c < count; ++c) {
     std::memcpy(copy + c * stride, input.data + static_cast<std::ptrdiff_t>(c) * input.stride,
                 weights * sizeof *copy);

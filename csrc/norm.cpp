@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "pool.h"
-
 namespace zipmoe {
 namespace {
 
@@ -14,7 +12,7 @@ constexpr std::uint64_t kPieceWords = std::uint64_t{1} << 15;
 }  // namespace
 
 void rms_norm(const std::uint16_t* x, std::uint64_t rows, const NormRule& rule, std::uint16_t* out,
-              Isa isa) {
+              Isa isa, WorkerPool& pool) {
   const bool weighted = rule.weight != nullptr || rule.wide_weight != nullptr;
   if (rule.width == 0 || weighted == (rule.kind == NormKind::plain))
     throw std::invalid_argument("a norm of no width, or whose weights do not fit its kind");
@@ -24,7 +22,7 @@ void rms_norm(const std::uint16_t* x, std::uint64_t rows, const NormRule& rule, 
     for (std::uint64_t r = begin; r < end; ++r) row(x + r * rule.width, rule, out + r * rule.width);
   };
   if (rows <= grain) return work(0, 0, rows);
-  shared_pool()->run(rows, grain, work);
+  pool.run(rows, grain, work);
 }
 
 }  // namespace zipmoe

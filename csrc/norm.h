@@ -8,12 +8,12 @@
 
 #include "isa.h"
 #include "norm_kernels.h"
+#include "pool.h"
 
 namespace zipmoe {
 
-// Normalises rows that lie one after the other, in the threads that the process shares.
-// `out` may be `x`.
+// Normalises rows that lie one after the other, in the threads of a pool. `out` may be `x`.
 void rms_norm(const std::uint16_t* x, std::uint64_t rows, const NormRule& rule, std::uint16_t* out,
-              Isa isa);
+              Isa isa, WorkerPool& pool);
 
 }  // namespace zipmoe

@@ -145,7 +145,6 @@ def _rotations(embeddings: Any, batch: int, width: int) -> Any:
 class NativeMoe(NativeBlock):
     """Router, shared expert and routed experts in one call, rounded once."""
 
-    engine: Any
     source: ExpertSource
     layer: int  # ordinal of the experts in the store
     router_name: str
@@ -162,8 +161,9 @@ class NativeMoe(NativeBlock):
         x = x.contiguous()
         out = torch.empty_like(x)
         tokens = x.numel() // x.shape[-1]
+        source = self.source
         self.native.run(
-            self.engine, self.source.cache, self.layer, x.data_ptr(), tokens, out.data_ptr()
+            source.engine, source.cache, self.layer, x.data_ptr(), tokens, out.data_ptr()
         )
         return out
 
@@ -262,7 +262,7 @@ def native_moe(module: Any) -> NativeMoe | None:
         **shared,
     )
     block: NativeMoe = in_place_of(module, NativeMoe)
-    block.engine, block.source = standin.source.engine, standin.source
+    block.source = standin.source
     block.layer = standin.layer.ordinal
     block.router_name = form.router
     names = filter(None, (form.router, "experts", form.shared, form.shared_gate))

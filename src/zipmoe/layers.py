@@ -55,8 +55,9 @@ class NativeLayer(NativeBlock):
             if step is not None:
                 x = x.contiguous()
                 out = torch.empty_like(x)
+                source = moe.source
                 self.native.run(
-                    moe.engine, moe.source.cache, moe.layer, x.data_ptr(), out.data_ptr(), step
+                    source.engine, source.cache, moe.layer, x.data_ptr(), out.data_ptr(), step
                 )
                 return out
         return super().forward(

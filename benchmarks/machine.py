@@ -9,13 +9,6 @@ import time
 from pathlib import Path
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -33,6 +26,7 @@ def commit() -> str:
 def describe_machine() -> dict[str, object]:
     """Processor, cores, memory, kernel, Python, commit, time, load when it was asked."""
     from zipmoe import _core  # noqa: PLC0415
+    from zipmoe.hardware import processor  # noqa: PLC0415
 
     return {
         "processor": processor(),

@@ -13,10 +13,10 @@ import os
 import shutil
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from collections.abc import Iterator
 
     import torch
@@ -129,8 +129,9 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
 
 
 def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "zipmoe" / "bench"
+    from zipmoe._user_cache import user_cache  # noqa: PLC0415
+
+    return user_cache() / "bench"
 
 
 @dataclass(frozen=True)

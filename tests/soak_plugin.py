@@ -117,14 +117,11 @@ def commit() -> str:
 
 
 def machine() -> dict[str, str | int]:
-    models = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    from zipmoe.hardware import processor  # noqa: PLC0415
+
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count() or 0,
         "memory_bytes": pages,
         "kernel": platform.release(),

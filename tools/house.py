@@ -41,7 +41,15 @@ RUNTIME = {
 }
 # The commands know both halves; the package's front door names what both offer.
 ABOVE = {"cli", "__main__", "__init__"}
-ABOVE |= {"_terminal", "_report", "_session", "_chat", "_demo_session", "_routing_commands"}
+ABOVE |= {
+    "_terminal",
+    "_report",
+    "_session",
+    "_chat",
+    "_demo_session",
+    "_options",
+    "_routing_commands",
+}
 PRINTING = {"cli", "_terminal"}
 # Nothing in the core may know these.
 CORE_FORBIDDEN = re.compile(r'#include\s*[<"](torch|ATen|c10|Python\.h|nanobind)')

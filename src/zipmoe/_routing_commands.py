@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ._options import Codec, Json, memory_size
 from ._terminal import Terminal, reporting
 
 if TYPE_CHECKING:
@@ -19,22 +20,9 @@ trace_app = typer.Typer(
 )
 bench_app = typer.Typer(help="Compare ways to run.", no_args_is_help=True, rich_markup_mode=None)
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-]
 TraceFile = Annotated[
     Path, typer.Argument(metavar="TRACE", help="File that `generate --record` wrote.")
 ]
-Codec = Literal["rank223", "rank3", "rank4", "zstd", "lz4hc", "raw"]
-
-
-def _bytes(text: str) -> int:
-    from .budget import parse_memory
-
-    try:
-        return parse_memory(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -84,7 +72,7 @@ def policy(
     ] = "24x60x4",
     memory: Annotated[
         int | None,
-        typer.Option(parser=_bytes, metavar="SIZE", help="Memory of the expert cache alone."),
+        typer.Option(parser=memory_size, metavar="SIZE", help="Memory of the expert cache alone."),
     ] = None,
     slots: Annotated[
         int | None,

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import __version__
+from ._options import Codec, Json, memory_size
 from ._routing_commands import bench_app, trace_app
 from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
 
@@ -35,26 +36,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Codec = Literal["rank223", "rank3", "rank4", "zstd", "lz4hc", "raw"]
 Store = Annotated[Path, typer.Argument(help="Folder that `zipmoe pack` made.", metavar="STORE")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-]
-
-
-def _memory(text: str) -> int:
-    from .budget import parse_memory
-
-    try:
-        return parse_memory(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 Memory = Annotated[
     int | None,
     typer.Option(
-        parser=_memory,
+        parser=memory_size,
         metavar="SIZE",
         help="Memory that the whole process may take, as 2GB, 1.5GiB or 800MB. Default: what the "
         "cgroup or the machine has available less a reserve of a tenth, at least 256 MB.",
@@ -359,7 +345,7 @@ def chat(
 def demo(
     *,
     memory: Annotated[
-        int, typer.Option(parser=_memory, metavar="SIZE", help="Memory for the chat.")
+        int, typer.Option(parser=memory_size, metavar="SIZE", help="Memory for the chat.")
     ] = 1_500_000_000,
     folder: Annotated[
         Path | None,

@@ -13,19 +13,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _smollm
 from ._errors import SpaceError
+from ._user_cache import user_cache
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
@@ -64,8 +64,7 @@ class DemoCheckpoint:
 
 def cache_folder() -> Path:
     """Return where demo files are kept: a folder `zipmoe` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "zipmoe" / "demo"
+    return user_cache() / "demo"
 
 
 def build_checkpoint(

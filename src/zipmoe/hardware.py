@@ -22,6 +22,7 @@ import numpy as np
 
 from zipmoe import _core
 from zipmoe._errors import FetchError
+from zipmoe._user_cache import user_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ __all__ = [
     "Profile",
     "Rate",
     "known_drive",
+    "processor",
     "profile",
     "profile_path",
 ]
@@ -98,9 +100,7 @@ class Profile:
 
 def profile_path() -> Path:
     """Return the file in the user's cache where profiles are kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return cache / "zipmoe" / "profile.json"
+    return user_cache() / "profile.json"
 
 
 class _Steps:
@@ -281,10 +281,11 @@ def _multiply(
 
 def _core_key() -> str:
     cores = len(os.sched_getaffinity(0))
-    return f"core {_processor()}, {cores} cores, {_core.Engine(threads=1).isa}, v{_VERSION}"
+    return f"core {processor()}, {cores} cores, {_core.available_isas()[0]}, v{_VERSION}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -239,6 +239,14 @@ def test_what_somebody_has_changed_is_seen(stores: Any) -> None:
         layer.mlp.shared_expert.up_proj = original
         assert torch.equal(alone(model, ids), expected)
 
+        up = layer.mlp.shared_expert.up_proj
+        packed = up.weight
+        up.weight = nn.Parameter(2 * packed.to_dense(), requires_grad=False)
+        assert not torch.equal(alone(model, ids), expected)
+        del up.weight
+        up.weight = packed
+        assert torch.equal(alone(model, ids), expected)
+
         handle = layer.mlp.gate.register_forward_hook(
             lambda _, __, out: (out[0], 0 * out[1], out[2])
         )

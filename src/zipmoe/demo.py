@@ -25,8 +25,8 @@ from ._errors import SpaceError
 from ._user_cache import user_cache
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
 

@@ -55,7 +55,10 @@ class GatedBlock(nn.Module):
             x.dtype is not torch.bfloat16
             or not x.is_cpu
             or gate.engine is None
-            or [getattr(parts[part], "weight", None) for part in _PARTS] != self._weights
+            or any(
+                getattr(parts[part], "weight", None) is not weight
+                for part, weight in zip(_PARTS, self._weights, strict=True)
+            )
         ):
             inner = parts["act_fn"](parts["gate_proj"](x)) * parts["up_proj"](x)  # type: ignore[misc]
             return parts["down_proj"](inner)  # type: ignore[misc]

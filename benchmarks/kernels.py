@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import multiprocessing
 import os
 import statistics
@@ -34,22 +33,13 @@ from machine import describe_machine
 from workers import Worker
 
 from zipmoe import _core
-from zipmoe.packed import collapse
+from zipmoe.packed import collapse, stretch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 SHAPES = "1408x2048,2048x1408,768x2048,5632x2048,14336x4096,151936x2048"
 RANKS = ("rank223", "rank3", "rank4")
-
-
-def huge(size: int) -> tuple[mmap.mmap, np.ndarray]:
-    """Memory in huge pages where the kernel gives them, as the product has it."""
-    block = mmap.mmap(-1, -(-size // (2 << 20)) * (2 << 20) + (2 << 20))
-    block.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(block, np.uint8)
-    start = -whole.ctypes.data % (2 << 20)
-    return block, whole[start : start + size]
 
 
 def weights(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -65,7 +55,7 @@ class Arm:
         self.codec = codec
         encoded = [_core.encode(codec, source, threads=2) for source in sources]
         lengths = [[-(-extent.size // 4096) * 4096 for extent in one.extents] for one in encoded]
-        memory, self.block = huge(sum(sum(lengths[i % len(encoded)]) for i in range(count)))
+        memory, self.block = stretch(sum(sum(lengths[i % len(encoded)]) for i in range(count)))
         self.matrices = []
         at = 0
         for i in range(count):
@@ -126,7 +116,7 @@ class LimitedTorch:
         if torch.backends.cpu.get_cpu_capability() != "AVX2":
             raise SystemExit(f"torch uses {torch.backends.cpu.get_cpu_capability()}, not AVX2")
         self.shape = shape
-        self.block = huge(shape[0] * shape[1] * 2 * count)
+        _, self.block = stretch(shape[0] * shape[1] * 2 * count)
         self.block.view(np.uint16).reshape(count, *shape)[:] = weights(*shape, 0)
 
     def multiply(self, columns: int, threads: int) -> None:
@@ -138,7 +128,7 @@ AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 def stream(started: Any, stop: Any, rate: Any) -> None:
     """Read memory without a pause, and say how fast."""
-    block = huge(512 << 20)
+    _, block = stretch(512 << 20)
     block[:] = 1
     engine = _core.Engine(threads=1)
     engine.read(block)

@@ -2,25 +2,25 @@
 
     python benchmarks/planner.py [--out FILE]
 
-Qwen1.5-MoE's shape on a machine with two workers; rates are those named in MACHINE.
+Qwen1.5-MoE's shape on a machine with two workers; rates are those named in TYPICAL.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from document import publish
 
 from zipmoe._rank_model import fit_law
 from zipmoe._synthetic_routing import Routing, synthetic_trace
+from zipmoe.bench import TYPICAL
 from zipmoe.budget import MemoryReport
 from zipmoe.plan import (
     HELD,
     LayerModel,
-    MachineProfile,
     ModelSizes,
     PartSize,
     candidate_splits,
@@ -32,13 +32,6 @@ from zipmoe.schedule import Tier
 
 WEIGHTS, LAYERS, EXPERTS, TOP_K = 2048 * 1408, 24, 60, 4
 EXPONENTS = {"rank223": 0.341, "zstd": 0.36, "lz4hc": 0.49}  # bytes a weight
-MACHINE = MachineProfile(
-    workers=2,
-    read_bytes_s=2.8e9,
-    multiply_bytes_s={"raw": 30e9, "rank3": 37e9, "rank223": 36e9},
-    decode_bytes_s={"zstd": 1.8e9, "lz4hc": 3e9},
-    flops=200e9,
-)
 
 
 def study(codec: str, share: float) -> dict[str, Any]:
@@ -48,13 +41,13 @@ def study(codec: str, share: float) -> dict[str, Any]:
     routing = synthetic_trace(Routing(EXPERTS, 4, TOP_K, 16, 32, 64), seed=4)
     known, unknown = routing.split(0.5, seed=1)
     popularity, ranks = by_recency(known), recency_ranks(unknown)
-    model = LayerModel(sizes, MACHINE, fit_law(popularity.inclusion))
+    model = LayerModel(sizes, TYPICAL, fit_law(popularity.inclusion))
     room = cache // LAYERS
     splits = list(candidate_splits(model, room))
     forecast = np.array([model.makespan(split)[0] for split in splits])
     replayed = np.array([model.replay(split, ranks) for split in splits])
     memory = MemoryReport(promised=cache, base=0, dense=0, kv=0, scratch=0, cache=cache)
-    chosen = plan_cache(sizes, MACHINE, popularity, memory).split
+    chosen = plan_cache(sizes, TYPICAL, popularity, memory).split
     alone = {
         tier.value: filled_split(sizes, [room * (other is tier) for other in HELD], room)
         for tier in HELD
@@ -83,10 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = [study(codec, share) for codec in EXPONENTS for share in (0.2, 0.3, 0.5)]
-    text = json.dumps({"benchmark": "planner", "machine": str(MACHINE), "plans": rows}, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish({"benchmark": "planner", "machine": str(TYPICAL), "plans": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ the bookkeeping.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from document import publish
 
 from zipmoe import _core
 from zipmoe._synthetic_routing import Routing, synthetic_trace
@@ -163,10 +163,7 @@ def main() -> None:
             best = RemainingCounts(trace).misses(row["slots"])
             row["counts of the request known"] = {"over_lru": round(float(best / lru), 4)}
         results["traces"][name] = rows
-    text = json.dumps(results, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(results, options.out)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ nothing to compare with and the script leaves at once. k is what a prompt's coun
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from document import publish
 
 from zipmoe._rank_model import expectation, fit_law
 from zipmoe._synthetic_routing import Routing, synthetic_trace
@@ -90,10 +90,7 @@ def main() -> None:
             "synthetic_top_quarter_by_recency": by_recency(long).top_share(0.25),
             "reference_10GB_true_k": reference_splits(counts, k),
         }
-    text = json.dumps(results, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(results, options.out)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ simulated by list scheduling, with the engine's pieces, and compared with a lowe
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from document import publish
 
 from zipmoe.plan import MachineProfile, ModelSizes, PartSize, expert_task
 from zipmoe.schedule import (
@@ -90,10 +91,7 @@ def main() -> None:
             "p95": round(statistics.quantiles(found, n=20)[-1], 4),
             "worst": round(max(found), 4),
         }
-    text = json.dumps(results, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(results, options.out)
 
 
 if __name__ == "__main__":

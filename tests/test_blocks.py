@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-from families import families, write_checkpoint
+from families import families
 from invariance import alone, dependencies, prompts
 from torch import nn
 from transformers import StaticCache
@@ -21,29 +21,11 @@ from zipmoe.blocks import NativeAttention, NativeMoe
 from zipmoe.kv import GrowingLayer
 from zipmoe.layers import NativeLayer
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 ALL = {family.name: family for family in families()}
 # Biases, norms of heads, norms of all heads at once, part of a head turned; shared experts with and
 # without a gate, groups, softmax before and after the choice.
 BOTH = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "granitemoe"]
 MOE_ONLY = ["deepseek_v2", "deepseek_v3"]
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def store(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            write_checkpoint(ALL[name], folder / "checkpoint", 0)
-            zipmoe.pack_checkpoint(folder / "checkpoint", folder / "store")
-            made[name] = folder / "store"
-        return made[name]
-
-    return store
 
 
 def blocks(model: nn.Module, kind: type[Any]) -> list[Any]:
@@ -67,9 +49,9 @@ def part_by_part(model: nn.Module, kind: type[Any], ids: torch.Tensor) -> torch.
 
 @pytest.mark.parametrize("name", [*BOTH, *MOE_ONLY])
 def test_a_layer_is_one_call_or_two_and_its_bits_depend_on_nothing_else(
-    name: str, stores: Any
+    name: str, family_store: Any
 ) -> None:
-    with zipmoe.load(stores(name), memory="64GB") as loaded:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded:
         model, engine = loaded.model, loaded.runtime.source.engine
         layers = model.config.get_text_config().num_hidden_layers
         attentions, moes = blocks(model, NativeAttention), blocks(model, NativeMoe)
@@ -91,8 +73,8 @@ def test_a_layer_is_one_call_or_two_and_its_bits_depend_on_nothing_else(
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_layer_in_one_call_gives_the_bits_of_its_halves(name: str, stores: Any) -> None:
-    with zipmoe.load(stores(name), memory="64GB") as loaded:
+def test_a_layer_in_one_call_gives_the_bits_of_its_halves(name: str, family_store: Any) -> None:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded:
         ids = prompts(loaded.model, 1)[0]
         expected = alone(loaded.model, ids)
         assert bool(blocks(loaded.model, NativeLayer)) == (name != "granitemoe")
@@ -100,8 +82,8 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_halves(name: str, stores: Any
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_attention_in_one_call_gives_the_bits_of_its_parts(name: str, stores: Any) -> None:
-    with zipmoe.load(stores(name), memory="64GB") as loaded, torch.no_grad():
+def test_attention_in_one_call_gives_the_bits_of_its_parts(name: str, family_store: Any) -> None:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded, torch.no_grad():
         ids = prompts(loaded.model, 1)[0]
         expected = part_by_part(loaded.model, NativeAttention, ids)
         past, pieces = None, []
@@ -157,8 +139,8 @@ def chosen_by(rule: dict[str, Any], experts: int, logits: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("name", [*BOTH, *MOE_ONLY])
-def test_an_moe_block_is_as_exact_as_one_rounding_allows(name: str, stores: Any) -> None:
-    with zipmoe.load(stores(name), memory="64GB") as loaded, torch.no_grad():
+def test_an_moe_block_is_as_exact_as_one_rounding_allows(name: str, family_store: Any) -> None:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded, torch.no_grad():
         block = blocks(loaded.model, NativeMoe)[0]
         hidden = loaded.model.config.get_text_config().hidden_size
         generator = torch.Generator().manual_seed(3)
@@ -169,8 +151,8 @@ def test_an_moe_block_is_as_exact_as_one_rounding_allows(name: str, stores: Any)
 
 
 @pytest.mark.parametrize("name", [*BOTH, *MOE_ONLY])
-def test_a_router_chooses_as_the_family_s_own(name: str, stores: Any) -> None:
-    with zipmoe.load(stores(name), memory="64GB") as loaded, torch.no_grad():
+def test_a_router_chooses_as_the_family_s_own(name: str, family_store: Any) -> None:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded, torch.no_grad():
         block = blocks(loaded.model, NativeMoe)[0]
         router, experts = block._modules[block.router_name], block.experts.num_experts
         generator = torch.Generator().manual_seed(4)
@@ -216,12 +198,8 @@ class Doubled(nn.Module):
         return 2 * self.base(x)
 
 
-def without_weights(_: nn.Module, __: Any, out: tuple[torch.Tensor, ...]) -> Any:
-    return out[0], 0 * out[1], out[2]
-
-
-def test_what_somebody_has_changed_is_seen(stores: Any) -> None:
-    with zipmoe.load(stores("qwen2_moe"), memory="64GB") as loaded:
+def test_what_somebody_has_changed_is_seen(family_store: Any) -> None:
+    with zipmoe.load(family_store("qwen2_moe"), memory="64GB") as loaded:
         model = loaded.model
         ids = prompts(model, 1)[0]
         expected = alone(model, ids)
@@ -260,8 +238,8 @@ def test_what_somebody_has_changed_is_seen(stores: Any) -> None:
         assert torch.equal(alone(model, ids), expected)
 
 
-def test_outputs_that_somebody_asks_for_are_given_and_change_no_bit(stores: Any) -> None:
-    with zipmoe.load(stores("qwen2_moe"), memory="64GB") as loaded, torch.no_grad():
+def test_outputs_that_somebody_asks_for_are_given_and_change_no_bit(family_store: Any) -> None:
+    with zipmoe.load(family_store("qwen2_moe"), memory="64GB") as loaded, torch.no_grad():
         ids = prompts(loaded.model, 1)
         expected = loaded.model(ids).logits
         out = loaded.model(ids, output_router_logits=True, output_hidden_states=True)
@@ -272,8 +250,8 @@ def test_outputs_that_somebody_asks_for_are_given_and_change_no_bit(stores: Any)
         assert torch.equal(loaded.model(ids).logits, expected)
 
 
-def test_other_caches_and_gradients_go_part_by_part(stores: Any) -> None:
-    with zipmoe.load(stores("mixtral"), memory="64GB") as loaded:
+def test_other_caches_and_gradients_go_part_by_part(family_store: Any) -> None:
+    with zipmoe.load(family_store("mixtral"), memory="64GB") as loaded:
         model, ids = loaded.model, prompts(loaded.model, 1)
         expected = alone(model, ids[0])
         with torch.no_grad():
@@ -316,8 +294,8 @@ def helper(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_parts_that_do_not_fit_are_refused(stores: Any) -> None:
-    with zipmoe.load(stores("mixtral"), memory="64GB") as loaded:
+def test_parts_that_do_not_fit_are_refused(family_store: Any) -> None:
+    with zipmoe.load(family_store("mixtral"), memory="64GB") as loaded:
         attention = loaded.model.model.layers[0].self_attn
         q, k, v, o = (
             (getattr(attention, f"{part}_proj").weight.matrix, 0) for part in ("q", "k", "v", "o")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from families import families, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import zipmoe
@@ -17,26 +16,10 @@ from zipmoe.recording import RoutingRecording
 if TYPE_CHECKING:
     from pathlib import Path
 
-ALL = {family.name: family for family in families()}
 # A whole layer in one call, an MoE block in one call, experts product by product.
 NAMES = ["qwen2_moe", "deepseek_v3", "gpt_oss"]
 PROMPT = torch.tensor([[5, 9, 2, 7, 1, 3]])
 NEW_TOKENS = 5
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def store(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            write_checkpoint(ALL[name], folder / "checkpoint", 0)
-            zipmoe.pack_checkpoint(folder / "checkpoint", folder / "store")
-            made[name] = folder / "store"
-        return made[name]
-
-    return store
 
 
 def generate(model: Any, ids: torch.Tensor = PROMPT) -> Any:
@@ -60,8 +43,8 @@ def choices_of_stock(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_with_torch_the_choices_are_those_of_stock_routers(name: str, stores: Any) -> None:
-    store = stores(name)
+def test_with_torch_the_choices_are_those_of_stock_routers(name: str, family_store: Any) -> None:
+    store = family_store(name)
     expected, answer = choices_of_stock(store.parent / "checkpoint")
     with zipmoe.load(store, memory="64GB", compute="torch") as loaded:
         with RoutingRecording(loaded.model, loaded.runtime.source) as recording:
@@ -75,9 +58,9 @@ def test_with_torch_the_choices_are_those_of_stock_routers(name: str, stores: An
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_native_compute_the_choices_are_those_that_experts_were_read_for(
-    name: str, stores: Any
+    name: str, family_store: Any
 ) -> None:
-    with zipmoe.load(stores(name), memory="64GB") as loaded:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded:
         before = loaded.runtime.cache.counters()
         with RoutingRecording(loaded.model, loaded.runtime.source) as recording:
             answer = generate(loaded.model)
@@ -90,14 +73,14 @@ def test_with_native_compute_the_choices_are_those_that_experts_were_read_for(
     )
     counted = sum(after[name] - before[name] for name in ("hits", "misses"))
     assert visits == counted
-    stock, _ = choices_of_stock(stores(name).parent / "checkpoint")
+    stock, _ = choices_of_stock(family_store(name).parent / "checkpoint")
     alike = np.sort(trace.experts[:6], axis=2) == np.sort(stock[:6], axis=2)  # of the prompt
     assert alike.mean() > 0.9
 
 
-def test_each_sequence_of_a_batch_and_each_new_one_is_a_request(stores: Any) -> None:
+def test_each_sequence_of_a_batch_and_each_new_one_is_a_request(family_store: Any) -> None:
     with (
-        zipmoe.load(stores("qwen2_moe"), memory="64GB") as loaded,
+        zipmoe.load(family_store("qwen2_moe"), memory="64GB") as loaded,
         RoutingRecording(loaded.model, loaded.runtime.source) as recording,
     ):
         generate(loaded.model, PROMPT.repeat(2, 1))
@@ -112,11 +95,11 @@ def test_each_sequence_of_a_batch_and_each_new_one_is_a_request(stores: Any) -> 
 
 
 @pytest.mark.parametrize("compute", ["native", "torch"])
-def test_a_pass_that_fails_leaves_no_trace(compute: str, stores: Any) -> None:
+def test_a_pass_that_fails_leaves_no_trace(compute: str, family_store: Any) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    with zipmoe.load(stores("qwen2_moe"), memory="64GB", compute=compute) as loaded:
+    with zipmoe.load(family_store("qwen2_moe"), memory="64GB", compute=compute) as loaded:
         with RoutingRecording(loaded.model, loaded.runtime.source) as recording:
             broken = loaded.model.lm_head.register_forward_pre_hook(fail)
             with pytest.raises(ZeroDivisionError):
@@ -131,7 +114,7 @@ def test_a_pass_that_fails_leaves_no_trace(compute: str, stores: Any) -> None:
         assert recording.steps == 1
 
 
-def test_the_cache_is_told_when_a_request_begins(stores: Any) -> None:
+def test_the_cache_is_told_when_a_request_begins(family_store: Any) -> None:
     class Spy:
         def __init__(self, cache: Any) -> None:
             self.cache, self.shares = cache, []
@@ -143,7 +126,7 @@ def test_the_cache_is_told_when_a_request_begins(stores: Any) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.cache, name)
 
-    with zipmoe.load(stores("qwen2_moe"), memory="64GB", compute="torch") as loaded:
+    with zipmoe.load(family_store("qwen2_moe"), memory="64GB", compute="torch") as loaded:
         spy = loaded.runtime.source.cache = Spy(loaded.runtime.source.cache)  # type: ignore[assignment]
         generate(loaded.model)
         assert spy.shares == [1.0]

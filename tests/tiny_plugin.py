@@ -50,3 +50,23 @@ def store_copy(tiny_store, tmp_path):
         return shutil.copytree(tiny_store(*args, **options), tmp_path / "copy")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def family_store(tmp_path_factory):
+    """Give a function: name of a family (`families.py`) → its store, the checkpoint beside it."""
+    from families import families, write_checkpoint  # noqa: PLC0415
+
+    from zipmoe.pack import pack_checkpoint  # noqa: PLC0415
+
+    known, made = {family.name: family for family in families()}, {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            write_checkpoint(known[name], folder / "checkpoint", 0)
+            pack_checkpoint(folder / "checkpoint", folder / "store")
+            made[name] = folder / "store"
+        return made[name]
+
+    return make

@@ -40,8 +40,7 @@ BITS = {
     "lz4hc": 11.95,
 }
 
-
-# Two cores of a Zen 4 server and a drive of its class, as in benchmarks/planner.py.
+# Two cores of a Zen 4 server and a drive of its class.
 TYPICAL = MachineProfile(
     workers=2,
     read_bytes_s=2.8e9,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zipmoe.store import DenseTensor, PackedRecord, Store
 
-__all__ = ["PackedDense", "bind", "candidates", "collapse", "multiply_alone"]
+__all__ = ["PackedDense", "bind", "candidates", "collapse", "multiply_alone", "stretch"]
 
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
@@ -49,7 +49,7 @@ class PackedDense:
         CorruptError, FetchError
             A record is not what was packed, or could not be read.
         """
-        block, memory = _stretch(self.nbytes)
+        block, memory = stretch(self.nbytes)
         at = 0
         for name, weight in self.weights.items():
             record = _multipliable(store, name)
@@ -161,7 +161,7 @@ def collapse(block: mmap.mmap) -> None:
         block.madvise(_MADV_COLLAPSE)
 
 
-def _stretch(size: int) -> tuple[mmap.mmap, NDArray[np.uint8]]:
+def stretch(size: int) -> tuple[mmap.mmap, NDArray[np.uint8]]:
     """Memory of its own, in huge pages where there are any, given back with its last view."""
     block = mmap.mmap(-1, max(size, 1) + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.madvise(mmap.MADV_HUGEPAGE)

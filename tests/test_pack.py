@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,9 +22,9 @@ from checkpoints import FAMILIES
 from test_store import write_manifest
 
 import zipmoe.pack
-from zipmoe._errors import CheckpointError, MismatchError, SpaceError, StoreError
+from zipmoe._errors import CheckpointError, CorruptError, MismatchError, SpaceError, StoreError
 from zipmoe._journal import Journal
-from zipmoe._shard import MatrixPlan, RecordPlan, _header_text, plan_shards
+from zipmoe._shard import CodedMatrix, MatrixPlan, RecordPlan, _header_text, plan_shards
 from zipmoe.pack import pack_checkpoint
 from zipmoe.unpack import unpack_store
 from zipmoe.verify import verify_store
@@ -255,6 +256,31 @@ def test_an_unfinished_pack_whose_shard_was_cut_or_lost_is_refused(
     (store / "experts-00001.safetensors").unlink()
     with pytest.raises(MismatchError, match="0 bytes where the journal says"):
         pack_checkpoint(tiny_checkpoint("qwen2_moe"), store)
+
+
+@pytest.mark.parametrize(
+    ("family", "plane"), [("qwen2_moe", 0), ("qwen2_moe", 1), ("mixtral", 0), ("gpt_oss", 0)]
+)
+def test_a_coding_that_does_not_decode_to_its_weights_is_never_written(
+    family, plane, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Where matrices lie whole in memory, and where they are parts of fused or turned ones."""
+    encode = CodedMatrix.of
+
+    def wrong(codec, geometry, extents):
+        if codec != "raw" and next(encoded) == 7:
+            extents = tuple(extent.copy() for extent in extents)
+            extents[plane][extents[plane].size // 2] ^= 1
+        return encode(codec, geometry, extents)
+
+    encoded = itertools.count()
+    monkeypatch.setattr(CodedMatrix, "of", wrong)
+    with pytest.raises(CorruptError, match="does not decode to them"):
+        pack_checkpoint(tiny_checkpoint(family), tmp_path / "s", jobs=1)
+    assert not (tmp_path / "s" / "zipmoe.json").exists()
+    monkeypatch.undo()
+    pack_checkpoint(tiny_checkpoint(family), tmp_path / "s")  # what was written before was right
+    assert not verify_store(tmp_path / "s").errors
 
 
 def test_a_store_that_cannot_be_written_is_a_typed_error(tiny_checkpoint, tmp_path):

@@ -1,6 +1,8 @@
 """One planned record → its coded matrices: reads the sources, follows the recipe, encodes.
 
-Runs in worker threads; shares nothing but open files.
+What was encoded is decoded again and compared before anything of it is written: a checksum alone
+would vouch for a wrong coding as well as for a right one. Runs in worker threads; shares nothing
+but open files.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zipmoe import _core
-from zipmoe._errors import CheckpointError
+from zipmoe._errors import CheckpointError, CorruptError
 from zipmoe._index import NOBODY
 from zipmoe._safetensors import DTYPES
 from zipmoe._shard import CodedMatrix, MatrixPlan, RecordPlan
@@ -39,7 +41,15 @@ class Encoder:
             raise
 
     def encode(self, record: RecordPlan, threads: int) -> list[CodedMatrix]:
-        """Read and encode a record; the bytes do not depend on `threads`."""
+        """Read and encode a record; the bytes do not depend on `threads`.
+
+        Raises
+        ------
+        CheckpointError
+            The checkpoint cannot be read any more.
+        CorruptError
+            The coding does not decode to the weights: a fault of zipmoe or of the machine.
+        """
         if record.layer == NOBODY:
             place = self._plan.checkpoint.tensors[record.name].place
             (plan,) = record.matrices
@@ -49,10 +59,22 @@ class Encoder:
         else:
             matrices = self._expert_matrices(record)
             codec = self._plan.codecs["experts"]
-        return [
+        coded = [
             self._code(codec, plan, matrix, threads)
             for plan, matrix in zip(record.matrices, matrices, strict=True)
         ]
+        # Afterwards, since matrices may share a source that is decoded over.
+        for matrix, one in zip(matrices, coded, strict=True):
+            if one.codec != "raw" and not _decodes_to(one, matrix, threads):
+                is_dense = record.layer == NOBODY
+                raise CorruptError(
+                    f"what {one.codec} made of the weights does not decode to them: nothing of "
+                    "this record was written; a fault of zipmoe or of this machine's memory",
+                    tensor=record.name,
+                    layer=None if is_dense else record.layer,
+                    expert=None if is_dense else record.expert,
+                )
+        return coded
 
     def close(self) -> None:
         """Close the checkpoint's files. Idempotent."""
@@ -106,3 +128,23 @@ class Encoder:
             return CodedMatrix.of(coded.codec, (coded.row_group, coded.k_tile), coded.extents)
         plain = np.ascontiguousarray(matrix).reshape(-1).view(np.uint8)
         return CodedMatrix.of("raw", (0, 0), (plain, np.empty(0, np.uint8)))
+
+
+def _decodes_to(coded: CodedMatrix, matrix: NDArray[Any], threads: int) -> bool:
+    """Decode and compare. A matrix that lies whole in memory is decoded over, by its hash."""
+    bits = matrix.view(np.uint16)
+    is_whole = bits.flags.c_contiguous  # the largest are: no second copy of those
+    again = bits if is_whole else np.empty(bits.shape, np.uint16)
+    before = _core.xxh3(bits) if is_whole else 0
+    try:
+        _core.decode(
+            coded.codec,
+            coded.extents,
+            again,
+            row_group=coded.row_group,
+            k_tile=coded.k_tile,
+            threads=threads,
+        )
+    except CorruptError:
+        return False
+    return _core.xxh3(bits) == before if is_whole else np.array_equal(again, bits)

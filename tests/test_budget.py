@@ -100,9 +100,9 @@ def test_activations_grow_with_the_prompt_and_with_each_width():
     small = Activations(
         hidden=64, widest=128, top_k=2, expert_width=96, vocabulary=1000, element_bytes=2
     )
-    assert small.bytes(10) < small.bytes(11)
+    assert small.growth.at(10) < small.growth.at(11)
     eager = Activations(**{**vars(small), "quadratic_heads": 4})
-    assert eager.bytes(1000) - small.bytes(1000) == 1000 * 1000 * 4 * 12
+    assert eager.growth.at(1000) - small.growth.at(1000) == 1000 * 1000 * 4 * 12
 
 
 def write(root, files):

@@ -91,7 +91,7 @@ class Chat:
                 [*self._opening, *self._turns],
                 on_text=self._terminal.write,
                 stop=lambda: self._interrupts.count,
-                **self._options,
+                **{**self._options, "max_tokens": self._room()},
             )
         except FetchError as error:  # one read failed; the engine and the conversation live on
             self._forget_open_question()
@@ -124,6 +124,10 @@ class Chat:
             f"context of {context}; shorten it, or use --context)"
         )
         return False
+
+    def _room(self) -> int:
+        """Count the tokens that the answer may have."""
+        return min(int(self._options["max_tokens"]), self._loaded.context - self._tokens())
 
     def _tokens(self) -> int:
         encoded = self._loaded.tokenizer.apply_chat_template(

@@ -64,6 +64,11 @@ class Manifest:
     source_bytes: int
     store_bytes: int
 
+    @property
+    def identity(self) -> str:
+        """Tell this store from every other: a checksum of all that it consists of."""
+        return xxhash.xxh3_64_hexdigest(self.dump())
+
     def dump(self) -> bytes:
         """Give the bytes of zipmoe.json."""
         content = {

@@ -11,7 +11,7 @@ import contextlib
 import re
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,30 +20,19 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from zipmoe import _core, attention, budget, footprint, hardware, kv, packed
-from zipmoe._errors import MismatchError, ZipmoeError
-from zipmoe._renaming import DTYPES, dense_tensors, renamed
+from zipmoe import _core, attention, budget, hardware, kv, packed
+from zipmoe._errors import BudgetError, MismatchError, ZipmoeError
+from zipmoe._skeleton import Skeleton, bind_skeleton
 from zipmoe.dense import PADDING, DenseFile
-from zipmoe.experts import (
-    IMPLEMENTATION,
-    ExpertLayer,
-    ExpertSource,
-    bind,
-    experts_forward,
-    needs_whole,
-    runs_in_one_call,
-)
+from zipmoe.experts import IMPLEMENTATION, experts_forward
 from zipmoe.gated import replace_gated
 from zipmoe.layers import replace_blocks
 from zipmoe.norm import replace_norms
-from zipmoe.packed import PackedDense
-from zipmoe.recording import announce_request
+from zipmoe.recording import announce_request, pass_shape
 from zipmoe.store import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from torch import nn
 
     from zipmoe._native_block import NativeBlock
 
@@ -51,7 +40,6 @@ __all__ = ["METHOD", "LoadOptions", "Runtime", "ZipmoeConfig", "ZipmoeQuantizer"
 
 METHOD = "zipmoe"
 COMPUTES = ("native", "torch")
-DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -60,19 +48,23 @@ class LoadOptions:
 
     memory: bytes for the whole process, None for what is available less a reserve. context: most
     tokens of prompt and answer together, None for 4096 or the model's own maximum if that is
-    less. policy: which expert goes when a slot is needed, "" for the default.
+    less. batch: sequences that run together, each as long as that. policy: which expert goes when
+    a slot is needed, "" for the default.
     """
 
     memory: int | None = None
     context: int | None = None
     compute: str = "native"
     policy: str = ""
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTES:
             raise ValueError(f"unknown compute {self.compute!r}; there is {', '.join(COMPUTES)}")
         if self.context is not None and self.context < 1:
             raise ValueError(f"the context must be at least 1 token, not {self.context}")
+        if self.batch < 1:
+            raise ValueError(f"a batch has at least 1 sequence, not {self.batch}")
 
 
 # Carries the options of `zipmoe.load` through from_pretrained, which has no argument for them.
@@ -101,15 +93,29 @@ class ZipmoeConfig(QuantizationConfigMixin):
 class Runtime:
     """What a loaded model owns besides its weights: the expert cache, and the account of memory."""
 
-    def __init__(
-        self, source: ExpertSource, report: budget.MemoryReport, context: int, store: Any
-    ) -> None:
-        self.source, self.report, self.context = source, report, context
+    def __init__(self, skeleton: Skeleton, report: budget.MemoryReport, store: Any) -> None:
+        self.source, self.dense, self.report = skeleton.source, skeleton.dense, report
+        self.context, self.sizes = skeleton.context, skeleton.sizes
+        self._needs, self._demand = skeleton.needs, skeleton.demand
         self.folder, self.codec = str(store.path), dict(store.manifest.codec)
-        self.dense = PackedDense()
+        self.identity = store.manifest.identity
         self.blocks: list[NativeBlock] = []  # what runs in one call each
         self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
-        self.compute = "torch" if source.engine is None else "native"
+        self.compute = "torch" if self.source.engine is None else "native"
+
+    def admit(self, tokens: int, sequences: int = 1) -> None:
+        """Raise BudgetError for sequences that need more memory than was set aside for them.
+
+        `tokens`: of each, prompt and answer together.
+        """
+        if not budget.has_room(self.report, self._demand, tokens, sequences):
+            raise self.refusal(tokens, sequences)
+
+    def refusal(self, tokens: int, sequences: int = 1) -> BudgetError:
+        """Say what sequences would need that are longer, or more, than was planned for."""
+        return budget.no_room(
+            self._needs, self.report, self._demand, tokens=tokens, sequences=sequences
+        )
 
     @property
     def cache(self) -> Any:
@@ -202,89 +208,18 @@ class ZipmoeQuantizer(HfQuantizer):
             raise ZipmoeError("a zipmoe store is loaded from its folder; give its path")
         model.eval()
         with open_store(Path(checkpoint_files[0]).parent) as store:
-            source = self._bind(model, store)
-            dense = self._bind_dense(model, store, dtype)
-            tensors, transient = dense_tensors(model, store)
-            self._paths, self._table = store.expert_table()
-            context = self._context(model)
-            needs = self._needs(model, source, context, dtype=dtype, loading=transient)
-            needs = replace(needs, dense=needs.dense + dense.nbytes)
+            skeleton = bind_skeleton(
+                model, store, self.options, dtype=dtype, base_bytes=self.base_bytes
+            )
             memory = self.options.memory or budget.available_memory().budget
-            report = budget.plan(needs, memory)
-            self._dense = DenseFile(tensors, store.read_dense)
-            dense.load(store, source.engine)
+            report = budget.plan(skeleton.needs, memory)
+            self._dense = DenseFile(skeleton.tensors, store.read_dense)
+            skeleton.dense.load(store, skeleton.source.engine)
+            self._runtime, self._skeleton = Runtime(skeleton, report, store), skeleton
         weakref.finalize(self, self._dense.close)
         checkpoint_files[:] = [self._dense.path]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(PADDING)}"}
-        self._runtime = Runtime(source, report, context, store)
-        self._runtime.dense = dense
-
-    def _bind_dense(self, model: Any, store: Any, dtype: Any) -> PackedDense:
-        """Put packed weights in the place of parameters that are BF16 and a tensor as it stands."""
-        if self.options.compute == "torch":
-            return PackedDense()
-        wider = [part.strip("*.") for part in model._get_dtype_plan(dtype)]
-        may = {name for name in packed.candidates(model) if not any(part in name for part in wider)}
-        return packed.bind(
-            model,
-            {
-                target: tensor
-                for tensor, target, pattern in renamed(model, store)
-                if pattern is None and target in may and tensor.dtype == "BF16"
-            },
-        )
-
-    def _bind(self, model: nn.Module, store: Any) -> ExpertSource:
-        layers = expert_layers(store)
-        source = ExpertSource(_NotYet(), layers)
-        if self.options.compute == "native":
-            source.engine = _core.Engine()
-        bound: dict[str, ExpertLayer] = {}
-        replaced = []
-        for layer in layers:
-            for name in (layer.module, *_tied_to(model, layer.module)):
-                replaced += [f"{name}.{p}" for p in bind(_submodule(model, name), source, layer)]
-                bound[name] = layer
-        tied = getattr(model, "all_tied_weights_keys", {})
-        for key in [k for k, v in tied.items() if k in replaced or v in replaced]:
-            del tied[key]  # there is nothing left to tie
-        left = [name for name, module in model.named_modules() if _is_experts(module)]
-        if left:
-            raise MismatchError(f"the store has no experts for {left[0]}; it is of another model")
-        if model._can_set_experts_implementation():  # type: ignore[operator]
-            model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
-        _check_engaged(model, bound)
-        return source
-
-    def _context(self, model: Any) -> int:
-        config = model.config.get_text_config(decoder=True)
-        most = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        return self.options.context or min(most, DEFAULT_CONTEXT)
-
-    def _needs(
-        self, model: Any, source: ExpertSource, context: int, *, dtype: Any, loading: int
-    ) -> budget.Needs:
-        layers = source.layers
-        element = (dtype or torch.bfloat16).itemsize
-        shape = footprint.activations(
-            model,
-            expert_width=max(sum(rows for rows, _ in layer.shapes[:-1]) for layer in layers),
-            element_bytes=element,
-            whole_experts=any(needs_whole(module) for module in model.modules()),
-            one_call=all(runs_in_one_call(module) for module in model.modules()),
-        )
-        floor = _core.ExpertCache.floor_bytes(self._table)
-        return budget.Needs(
-            base=self.base_bytes,
-            dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)),
-            kv=footprint.kv_bytes(model, context),
-            scratch=ExpertSource.buffer_bytes(layers)
-            + footprint.forward_bytes(model, shape, context),
-            cache_floor=floor,
-            cache_all=floor + _all_experts_bytes(self._table),
-            loading=loading,
-        )
 
     # -- weights are there ------------------------------------------------------------------------
 
@@ -305,13 +240,14 @@ class ZipmoeQuantizer(HfQuantizer):
             runtime.in_parts = sorted({type(module).__name__ for module in left})
             kv.attach(model)
         runtime.source.cache = _core.ExpertCache(
-            self._paths,
-            self._table,
+            self._skeleton.paths,
+            self._skeleton.table,
             capacity_bytes=runtime.report.cache,
             policy=self.options.policy,
             **self._reading(),
         )
         model.zipmoe = runtime
+        model.register_forward_pre_hook(_admit, with_kwargs=True)
         model.register_forward_pre_hook(announce_request, with_kwargs=True)
         weakref.finalize(model, runtime.close)
         return model
@@ -337,83 +273,12 @@ class ZipmoeQuantizer(HfQuantizer):
         return False
 
 
-class _NotYet:
-    """The cache while weights are loading: nobody may ask for an expert then."""
-
-    def prefetch(self, *_: Any) -> None:
-        raise RuntimeError("the model is still loading")
-
-    def decode(self, *_: Any) -> None:
-        raise RuntimeError("the model is still loading")
-
-    def close(self) -> None:
-        pass
-
-
-def expert_layers(store: Any) -> list[ExpertLayer]:
-    """Describe the store's experts modules as `zipmoe.experts` wants them."""
-    return [
-        ExpertLayer(
-            ordinal,
-            layer.module,
-            layer.experts,
-            tuple(matrix.role for matrix in layer.matrices),
-            tuple((matrix.rows, matrix.columns) for matrix in layer.matrices),
-            _expert_dtype(store, ordinal),
-        )
-        for ordinal, layer in enumerate(store.layers)
-    ]
-
-
-def _expert_dtype(store: Any, layer: int) -> torch.dtype:
-    names = set(store.expert_dtypes(layer))
-    if len(names) != 1 or not names <= DTYPES.keys():
-        raise MismatchError(f"the experts of {store.layers[layer].module} are of dtypes {names}")
-    return DTYPES[names.pop()]
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise MismatchError(
-            f"{type(model).__name__} has no module {name}, of which the store has the experts: "
-            "load it with the class that its config.json names"
-        ) from error
-
-
-def _tied_to(model: nn.Module, module: str) -> list[str]:
-    """Experts modules whose weights are those of `module` (diffusion_gemma's decoder)."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return [
-        target.removesuffix(".down_proj")
-        for target, source in tied.items()
-        if source == f"{module}.down_proj"
-    ]
-
-
-def _is_experts(module: nn.Module) -> bool:
-    """Tell a decorated experts module whose weights are still parameters."""
-    return hasattr(module, "has_gate") and "down_proj" in module._parameters
-
-
-def _check_engaged(model: nn.Module, bound: dict[str, ExpertLayer]) -> None:
-    """Every decorated experts module must really call our function."""
-    for name in bound:
-        module = model.get_submodule(name)
-        if hasattr(module, "has_gate") and module.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
-            raise MismatchError(f"transformers does not let {name} use zipmoe's experts function")
-
-
-def _all_experts_bytes(table: Any) -> int:
-    """Room for every expert, each in a slot of the largest record's size."""
-    lengths = (table[:, 11] + 4095) // 4096 * 4096 + (table[:, 14] + 4095) // 4096 * 4096
-    experts: dict[tuple[int, int], int] = {}
-    for layer, expert, length in zip(
-        table[:, 0].tolist(), table[:, 1].tolist(), lengths.tolist(), strict=True
-    ):
-        experts[layer, expert] = experts.get((layer, expert), 0) + length
-    return len(experts) * max(experts.values())
+def _admit(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Refuse a forward pass that its memory was not counted for. A hook before it."""
+    sequences, tokens = pass_shape(args, inputs)
+    past = inputs.get("past_key_values")
+    known = 0 if past is None else past.get_seq_length()
+    model.zipmoe.admit(known + tokens, sequences)
 
 
 def _forget_quantised(model: Any) -> None:

@@ -15,14 +15,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["peak_bytes"]
+from zipmoe.budget import Growth
+
+__all__ = ["peak"]
 
 # Multiples of the chunks in which recurrent layers work: else padding looks like growth.
 _LENGTHS = (256, 512, 768)
 
 
-def peak_bytes(model: Any, tokens: int) -> int:
-    """Bytes that a forward pass over `tokens` tokens, batch 1, holds at once, experts left out.
+def peak(model: Any) -> Growth:
+    """Bytes that a forward pass holds at once, batch 1, experts left out, by its tokens.
 
     Three short runs give the constant, the linear and the quadratic part.
 
@@ -36,8 +38,7 @@ def peak_bytes(model: Any, tokens: int) -> int:
     slope1, slope2 = (p2 - p1) / (n2 - n1), (p3 - p2) / (n3 - n2)
     square = max((slope2 - slope1) / (n3 - n1), 0.0)
     linear = max(slope2 - square * (n2 + n3), 0.0)
-    constant = max(p3 - linear * n3 - square * n3 * n3, 0.0)
-    return int(constant + linear * tokens + square * tokens * tokens)
+    return Growth(max(p3 - linear * n3 - square * n3 * n3, 0.0), linear, square)
 
 
 @torch.no_grad()

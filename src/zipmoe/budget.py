@@ -10,7 +10,7 @@ docs/decisions/0009-memory-budget.md says what each share is and how it was meas
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from zipmoe._errors import BudgetError
@@ -19,11 +19,15 @@ from zipmoe._process import peak_rss_bytes, rss_bytes
 __all__ = [
     "Activations",
     "Available",
+    "Demand",
+    "Growth",
     "MemoryReport",
     "Needs",
     "available_memory",
     "base_bytes",
     "format_bytes",
+    "has_room",
+    "no_room",
     "parse_memory",
     "peak_rss_bytes",
     "plan",
@@ -148,6 +152,47 @@ def _read_group(folder: Path, names: tuple[str, str, str]) -> tuple[int, int] | 
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Bytes as they grow with the tokens of a sequence."""
+
+    constant: float = 0.0
+    linear: float = 0.0
+    square: float = 0.0
+
+    def at(self, tokens: int, sequences: int = 1) -> int:
+        """Count the bytes of some sequences of so many tokens; what is constant counts once."""
+        each = self.linear * tokens + self.square * tokens * tokens
+        return int(self.constant + sequences * each) + 1
+
+    def plus(self, other: Growth) -> Growth:
+        """Add two."""
+        return Growth(
+            self.constant + other.constant, self.linear + other.linear, self.square + other.square
+        )
+
+    def times(self, factor: float) -> Growth:
+        """Scale all parts."""
+        return Growth(self.constant * factor, self.linear * factor, self.square * factor)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What sequences need that run together, by their number and length, prompt and answer."""
+
+    states: Growth  # KV cache and recurrent states of one sequence
+    forward: Growth  # activations of a pass over the whole of one
+    decoded: int  # the area that experts are decoded into
+
+    def kv_bytes(self, tokens: int, sequences: int = 1) -> int:
+        """Bytes of their KV caches and recurrent states: each has its own."""
+        return sequences * self.states.at(tokens)
+
+    def scratch_bytes(self, tokens: int, sequences: int = 1) -> int:
+        """Bytes of one forward pass over all of them."""
+        return self.decoded + self.forward.at(tokens, sequences)
+
+
+@dataclass(frozen=True)
 class Activations:
     """What a forward pass over a prompt needs, by the widths of the model."""
 
@@ -162,8 +207,9 @@ class Activations:
     whole_experts: bool = False  # activations of all experts at once (zipmoe.experts says when)
     one_call: bool = False  # the engine runs a layer's experts in one call
 
-    def bytes(self, tokens: int) -> int:
-        """Peak of one pass over that many tokens, batch 1, without what experts decode into.
+    @property
+    def growth(self) -> Growth:
+        """Peak of one pass, batch 1, without what experts decode into.
 
         Twelve residual-sized tensors (states, norms in FP32, attention's inputs and outputs),
         three of the widest layer, the experts' outputs of all chosen slots and one expert's
@@ -171,19 +217,19 @@ class Activations:
         """
         row = 12 * self.hidden * self.element_bytes + 3 * self.widest * self.element_bytes
         scores = self.quadratic_heads * (4 * self.element_bytes + 4) + 9 * self.masked
-        rest = tokens * row + tokens * tokens * scores + 16 * self.vocabulary
-        return rest + self.experts_bytes(tokens)
+        return Growth(16 * self.vocabulary, row, scores).plus(self.experts_growth)
 
-    def experts_bytes(self, tokens: int) -> int:
+    @property
+    def experts_growth(self) -> Growth:
         """Count the experts' part: outputs of all chosen slots, activations of one expert.
 
         In one call: sums in FP32, outputs, and one expert's states and activations, to which all
         tokens may go; and what each thread of a few decodes and adds up in.
         """
         if self.one_call:
-            return tokens * (8 * self.hidden + self.expert_width) + (16 << 20)
+            return Growth(16 << 20, 8 * self.hidden + self.expert_width)
         wide = 3 * self.expert_width * (self.top_k if self.whole_experts else 1)
-        return tokens * self.element_bytes * (self.top_k * self.hidden + wide)
+        return Growth(0.0, self.element_bytes * (self.top_k * self.hidden + wide))
 
 
 @dataclass(frozen=True)
@@ -268,6 +314,32 @@ def plan(needs: Needs, memory_bytes: int) -> MemoryReport:
         kv=needs.kv,
         scratch=needs.scratch,
         cache=min(rest, max(needs.cache_all, needs.cache_floor)),
+    )
+
+
+def has_room(report: MemoryReport, demand: Demand, tokens: int, sequences: int = 1) -> bool:
+    """Tell whether sequences of so many tokens fit into what was set aside for them.
+
+    What a model leaves of the memory granted, all of its experts being in memory, counts too.
+    """
+    needed = demand.kv_bytes(tokens, sequences) + demand.scratch_bytes(tokens, sequences)
+    return needed <= report.kv + report.scratch + report.promised - report.total
+
+
+def no_room(
+    needs: Needs, report: MemoryReport, demand: Demand, *, tokens: int, sequences: int = 1
+) -> BudgetError:
+    """Say what sequences need, what there is, and the least memory that would do."""
+    kv, scratch = demand.kv_bytes(tokens, sequences), demand.scratch_bytes(tokens, sequences)
+    floor = replace(needs, kv=kv, scratch=scratch).floor
+    asked = f"{tokens} tokens" if sequences == 1 else f"{sequences} sequences of {tokens} tokens"
+    return BudgetError(
+        f"{asked}, prompt and answer together, need {format_bytes(kv)} of KV cache and "
+        f"{format_bytes(scratch)} of scratch; {format_bytes(report.kv)} and "
+        f"{format_bytes(report.scratch)} were set aside: load with a longer --context"
+        f"{' or a larger batch' if sequences > 1 else ''} and at least {_round_up(floor)} of "
+        "memory, or ask for less",
+        floor_bytes=floor,
     )
 
 

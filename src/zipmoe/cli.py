@@ -263,7 +263,15 @@ def generate(
     ],
     memory: Memory = None,
     context: Context = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Most tokens of the answer; refused if the context has no room for them. "
+            "Default: 256, or what the context has room for.",
+        ),
+    ] = None,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "native",

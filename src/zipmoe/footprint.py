@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from zipmoe import _rehearsal
-from zipmoe.budget import Activations
+from zipmoe.budget import Activations, Growth
 
-__all__ = ["activations", "dense_bytes", "forward_bytes", "kv_bytes"]
+__all__ = ["activations", "dense_bytes", "forward_growth", "kv_growth"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ def dense_bytes(model: nn.Module, plan: dict[str, torch.dtype]) -> int:
     return total
 
 
-def kv_bytes(model: Any, context: int) -> int:
-    """Bytes of the KV cache and the recurrent states after `context` tokens, batch 1.
+def kv_growth(model: Any) -> Growth:
+    """Bytes of the KV cache and the recurrent states, batch 1, by the tokens in them.
 
     Sliding windows are counted in full: a prompt fills them before they slide. One layer is
     counted twice, as a cache grows by making a larger copy.
@@ -48,13 +48,12 @@ def kv_bytes(model: Any, context: int) -> int:
             sizes.append(_state_sizes(model, tokens))
         except (RuntimeError, NotImplementedError) as error:  # control flow that depends on data
             _log.info("KV cache estimated from the config: %s", error)
-            return _kv_from_config(model.config.get_text_config(decoder=True), context)
+            return _kv_from_config(model.config.get_text_config(decoder=True))
     short, long = sum(sizes[0]), sum(sizes[1])
     per_token = max(long - short, 0) / 4
     fixed = max(short - 5 * per_token, 0)
-    total = fixed + per_token * context
-    layers = max(len(sizes[1]), 1)
-    return int(total + 2 * total / layers) + 1
+    copied = 1 + 2 / max(len(sizes[1]), 1)
+    return Growth(fixed * copied, per_token * copied)
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def _tensor_bytes(value: Any, seen: set[int], depth: int) -> int:
     return 0
 
 
-def _kv_from_config(config: Any, context: int) -> int:
+def _kv_from_config(config: Any) -> Growth:
     """Bound it where the skeleton cannot run: all heads in every layer, keys and values, FP32."""
     get = vars(config).get
     heads = max(get("num_key_value_heads") or 0, get("num_attention_heads") or 1)
@@ -92,7 +91,7 @@ def _kv_from_config(config: Any, context: int) -> int:
     width = width or -(-config.hidden_size // heads)
     layers = get("num_hidden_layers") or get("num_layers") or 1
     attentions = 2 if get("num_layers") else 1  # longcat_flash: two attentions in a layer
-    return int((layers * attentions + 1) * 2 * heads * width * 4 * context)
+    return Growth(0.0, (layers * attentions + 1) * 2 * heads * width * 4)
 
 
 def activations(
@@ -124,19 +123,20 @@ def activations(
     )
 
 
-def forward_bytes(model: Any, shape: Activations, context: int) -> int:
-    """Bytes that a forward pass over a whole context holds at once.
+def forward_growth(model: Any, shape: Activations) -> Growth:
+    """Bytes that a forward pass holds at once, batch 1, by the tokens of its prompt.
 
     Rehearsed on the skeleton, with a margin for what operators take inside; from the widths where
     it cannot run.
     """
     try:
-        rehearsed = _rehearsal.peak_bytes(model, context)
+        rehearsed = _rehearsal.peak(model)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         _log.info("activations estimated from the widths: %s", error)
-        return shape.bytes(context)
-    mask = context * context * 4 * shape.masked  # a mask of bool is copied to a float one
-    return int(rehearsed * 1.15) + mask + shape.experts_bytes(context) + (32 << 20)
+        return shape.growth
+    mask = 4 * shape.masked  # a mask of bool is copied to a float one
+    margin = Growth(32 << 20, 0.0, mask)
+    return rehearsed.times(1.15).plus(margin).plus(shape.experts_growth)
 
 
 def _heads_with_whole_scores(config: Any) -> int:

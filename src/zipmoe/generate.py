@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerateResult", "generate"]
 
+DEFAULT_TOKENS = 256
 _COUNTED = ("hits", "misses", "bytes_read")
 
 
@@ -59,7 +60,7 @@ def generate(
     loaded: Loaded,
     prompt: str | list[dict[str, str]],
     *,
-    max_tokens: int = 256,
+    max_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], object] | None = None,
@@ -73,7 +74,7 @@ def generate(
     prompt : text, or messages with "role" and "content". Text becomes the message of a user if
     the tokenizer has
         a chat template, and is continued as it stands if not.
-    max_tokens : most tokens of the answer; fewer if the context of `loaded` ends before.
+    max_tokens : most tokens of the answer. None: 256, or what the context of `loaded` has room for.
     temperature : 0 takes the likeliest token every time; above 0 draws, with `seed`.
     on_text : called with each piece of text as it is known.
     stop : asked after every token; a true answer ends the generation.
@@ -81,28 +82,28 @@ def generate(
     Raises
     ------
     ZipmoeError
-        No tokenizer, no chat template for messages, or a prompt beyond the context.
+        No tokenizer, or no chat template for messages.
+    BudgetError
+        Prompt and answer could be longer than the context that memory was set aside for.
     FetchError, CorruptError
         An expert could not be read. The model can be used again afterwards.
     """
-    if max_tokens < 1 or temperature < 0:
+    if (max_tokens is not None and max_tokens < 1) or temperature < 0:
         raise ValueError("max_tokens must be at least 1 and temperature not negative")
     started = time.perf_counter()
     inputs = _encode(loaded, prompt)
     prompt_tokens = inputs["input_ids"].shape[1]
-    room = loaded.context - prompt_tokens
-    if room < 1:
-        raise ZipmoeError(
-            f"the prompt has {prompt_tokens} tokens, the context is {loaded.context}: "
-            "shorten the prompt or load with a larger context"
-        )
+    if max_tokens is None:
+        max_tokens = max(1, min(DEFAULT_TOKENS, loaded.context - prompt_tokens))
+    if prompt_tokens + max_tokens > loaded.context:
+        raise loaded.runtime.refusal(prompt_tokens + max_tokens)
     before = loaded.runtime.cache.counters()
     stream = _Stream(loaded.tokenizer, on_text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded.model.generate(
             **inputs,
-            max_new_tokens=min(max_tokens, room),
+            max_new_tokens=max_tokens,
             streamer=stream,
             stopping_criteria=StoppingCriteriaList([_Stop(stop)] if stop else []),
             **_sampling(loaded, temperature),

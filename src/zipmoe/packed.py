@@ -31,7 +31,7 @@ __all__ = ["PackedDense", "bind", "candidates", "collapse", "multiply_alone", "s
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
 _MADV_COLLAPSE = 25  # Linux 6.1; Python has no name for it
-_WHOLE = ("zstd", "lz4hc")  # codecs that are decoded before they are multiplied
+WHOLE = ("zstd", "lz4hc")  # codecs that are decoded before they are multiplied
 
 
 @dataclass
@@ -94,7 +94,7 @@ def bind(model: nn.Module, targets: Mapping[str, DenseTensor]) -> PackedDense:
         weight = dense.weights.get(tensor.name)
         if weight is None:
             weight = dense.weights[tensor.name] = PackedWeight(tensor.shape)
-            sizes = tensor.plane_bytes if tensor.codec not in _WHOLE else (tensor.decoded_bytes,)
+            sizes = tensor.plane_bytes if tensor.codec not in WHOLE else (tensor.decoded_bytes,)
             dense.nbytes += sum(_padded(size) for size in sizes)
         for place in _places(model, module, name):
             delattr(place, name)  # nn.Module refuses a plain object over a parameter
@@ -106,7 +106,7 @@ def bind(model: nn.Module, targets: Mapping[str, DenseTensor]) -> PackedDense:
 def _multipliable(store: Store, name: str) -> PackedRecord:
     """Read a record; one of a codec that cannot be multiplied packed is decoded."""
     record = store.read_packed(name)
-    if record.codec not in _WHOLE:
+    if record.codec not in WHOLE:
         return record
     planes = (store.read_dense(name).reshape(-1).view(np.uint8), np.empty(0, np.uint8))
     return replace(record, codec="raw", planes=planes, row_group=0, k_tile=0)

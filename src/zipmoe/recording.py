@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zipmoe._expert_source import ExpertSource
     from zipmoe.routing import Trace
 
-__all__ = ["RoutingRecording", "announce_request", "begins_request"]
+__all__ = ["RoutingRecording", "announce_request", "begins_request", "pass_shape"]
 
 
 def begins_request(inputs: dict[str, Any]) -> bool:
@@ -88,11 +88,11 @@ class RoutingRecording:
         self._chosen.clear()
         if begins_request(inputs):
             self._first_request += self._num_requests
-            self._num_requests = _shape(args, inputs)[0]
+            self._num_requests = pass_shape(args, inputs)[0]
 
     def _end(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any], __: Any) -> None:
         self._drain()
-        batch, tokens = _shape(args, inputs)
+        batch, tokens = pass_shape(args, inputs)
         self._recorder.step([(self._first_request + row, tokens) for row in range(batch)])
         for layer, parts in self._chosen.items():
             self._recorder.layer(layer, np.concatenate(parts))
@@ -106,7 +106,7 @@ class RoutingRecording:
                 self._chosen.setdefault(layer, []).append(part)
 
 
-def _shape(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int]:
+def pass_shape(args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[int, int]:
     """Sequences of a forward pass, and the tokens of each."""
     named = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
     given = next((tensor for tensor in (*named, *args) if tensor is not None), None)

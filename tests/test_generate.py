@@ -86,12 +86,26 @@ def test_an_interrupt_ends_an_answer_and_the_model_lives_on(loaded):
     assert generate(loaded, "hello", max_tokens=5).token_ids
 
 
-def test_the_context_bounds_prompt_and_answer(loaded):
+def test_without_a_number_an_answer_has_what_the_context_has_room_for(loaded):
     frame = len("<user><assistant>")
-    result = generate(loaded, "x" * (100 - frame - 3), max_tokens=20, temperature=1.0)
+    result = generate(loaded, "x" * (100 - frame - 3), temperature=1.0)
     assert len(result.token_ids) <= 3
-    with pytest.raises(zipmoe.ZipmoeError, match="100 tokens, the context is 100"):
-        generate(loaded, "x" * (100 - frame))
+
+
+def test_what_the_memory_was_not_counted_for_is_refused_before_any_token(loaded):
+    frame = len("<user><assistant>")
+    before, pieces = loaded.runtime.cache.counters(), []
+    for prompt, options, total in [
+        ("x" * (100 - frame - 3), {"max_tokens": 4}, 101),
+        ("x" * (100 - frame), {}, 101),
+        ("hello", {"max_tokens": 500}, len("hello") + frame + 500),
+    ]:
+        with pytest.raises(zipmoe.BudgetError, match=f"{total} tokens, .* KV cache") as caught:
+            generate(loaded, prompt, on_text=pieces.append, **options)
+        assert caught.value.floor_bytes > loaded.memory.base
+    assert pieces == []
+    assert loaded.runtime.cache.counters() == before
+    assert generate(loaded, "x" * (100 - frame - 3), max_tokens=3).token_ids
 
 
 def test_what_cannot_be_asked_is_refused(loaded, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,6 +117,36 @@ def test_the_same_tokens_come_out_at_every_budget(store):
         with zipmoe.load(store, memory=memory) as loaded:
             assert loaded.memory.total <= memory
             assert expected.differences(answers(loaded.model, new_tokens=6)) == []
+
+
+def test_a_pass_that_memory_was_not_counted_for_is_refused_before_it_computes(store):
+    with pytest.raises(zipmoe.BudgetError) as caught:
+        zipmoe.load(store, memory=10**6, context=32, batch=2)
+    both = caught.value.floor_bytes
+    with pytest.raises(zipmoe.BudgetError) as caught:
+        zipmoe.load(store, memory=10**6, context=32)
+    assert caught.value.floor_bytes < both
+    little = both + 50_000_000  # the base is measured anew for each load
+    one, two = (torch.zeros(sequences, 32, dtype=torch.long) for sequences in (1, 2))
+    with zipmoe.load(store, memory=little, context=32, batch=2) as (model, _), torch.no_grad():
+        model.zipmoe.report = replace(model.zipmoe.report, promised=model.zipmoe.report.total)
+        together = model(two).logits
+        with pytest.raises(zipmoe.BudgetError, match="2 sequences of 2000 tokens"):
+            model(torch.zeros(2, 2000, dtype=torch.long))
+    with zipmoe.load(store, memory=little, context=32) as (model, _), torch.no_grad():
+        model.zipmoe.report = replace(model.zipmoe.report, promised=model.zipmoe.report.total)
+        state = model(one, use_cache=True)
+        assert torch.equal(state.logits, together[:1])
+        before = model.zipmoe.cache.counters()
+        with pytest.raises(zipmoe.BudgetError, match="2 sequences of 32 tokens") as refused:
+            model(two)
+        assert refused.value.floor_bytes > caught.value.floor_bytes
+        with pytest.raises(zipmoe.BudgetError, match="33 tokens"):
+            model(one[:, :1], past_key_values=state.past_key_values)
+        assert model.zipmoe.cache.counters() == before
+        assert torch.equal(model(one).logits, together[:1])
+    with pytest.raises(ValueError, match="batch"):
+        zipmoe.load(store, batch=0)
 
 
 def test_a_model_cannot_be_saved_copied_or_pickled_by_mistake(store, tmp_path):

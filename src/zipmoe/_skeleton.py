@@ -6,7 +6,7 @@ that packing would make (`_sketch.py`). So both say the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,6 +95,7 @@ def bind_skeleton(
         loading=transient,
     )
     sizes = _model_sizes(model, store, dense, table, top_k=shape.top_k)
+    sizes = replace(sizes, state_bytes=demand.states.linear)
     return Skeleton(source, dense, tensors, paths, table, context, demand, needs, sizes)
 
 

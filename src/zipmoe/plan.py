@@ -8,7 +8,7 @@ it is as good. Nothing is measured here: rates come in a `MachineProfile`.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import combinations, pairwise, permutations
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,9 @@ __all__ = [
     "candidate_splits",
     "expert_task",
     "filled_split",
+    "forecast_prompt",
     "plan_cache",
+    "rest_s",
 ]
 
 TIERS = tuple(Tier)  # from the top rank down
@@ -70,11 +72,14 @@ class ModelSizes:
     codec: str  # of the experts
     dense_weights: int  # that every token is multiplied with
     dense_codec: str
+    state_bytes: float = 0.0  # that a token reads of the KV cache for each token before it
+    held: tuple[Tier, ...] = HELD  # what the cache can hold
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """Those of `HELD` that differ for this codec."""
-        return HELD if any(part.exponents_bytes for part in self.parts) else (Tier.COMPRESSED,)
+        """Those of `held` that differ for this codec."""
+        differ = any(part.exponents_bytes for part in self.parts)
+        return self.held if differ else (Tier.COMPRESSED,)
 
     def resident_bytes(self, tier: Tier) -> int:
         """Bytes that an expert of a tier takes in memory."""
@@ -108,6 +113,7 @@ class MachineProfile:
     decode_bytes_s: Mapping[str, float]  # of one worker, by codec: what is not multiplied directly
     flops: float  # all workers at once, many tokens
     layer_s: float = 0.0  # a token's rest of a layer: attention, norms, and what calls cost
+    token_s: float = 0.0  # a token's rest of everything: sampling, calls of Python
     spread: float = 0.1  # relative, of these rates between measurements
 
     def work_s(self, weights: int, codec: str, tokens: float = 1.0) -> float:
@@ -116,6 +122,16 @@ class MachineProfile:
         touched = 2 * weights / self.multiply_bytes_s[codec if direct else "raw"]
         decode = 0.0 if direct else 2 * weights / self.decode_bytes_s[codec]
         return self.workers * max(touched, 2 * weights * tokens / self.flops) + decode
+
+    def scaled(self, factor: float) -> MachineProfile:
+        """Let a token's work, but no prompt's and no reading, take that many times as long."""
+        return replace(
+            self,
+            multiply_bytes_s={name: rate / factor for name, rate in self.multiply_bytes_s.items()},
+            decode_bytes_s={name: rate / factor for name, rate in self.decode_bytes_s.items()},
+            layer_s=self.layer_s * factor,
+            token_s=self.token_s * factor,
+        )
 
 
 @dataclass(frozen=True)
@@ -313,8 +329,8 @@ def plan_cache(
         layers=_spread(sizes, split, memory.cache),
         hit_rate=model.hit_rate(split),
         read_bytes=sizes.layers * model.read_bytes(split),
-        tpot=_tpot(sizes, profile, model.makespan(split), workload.batch),
-        ttft=_ttft(sizes, profile, token, workload.prompt_tokens),
+        tpot=_tpot(sizes, profile, model.makespan(split), workload),
+        ttft=forecast_prompt(sizes, profile, token, workload.prompt_tokens),
         reason=_reason(model, split, share),
     )
 
@@ -392,25 +408,33 @@ def _spread(sizes: ModelSizes, split: TierSplit, cache: int) -> tuple[TierSplit,
     return tuple(TierSplit(*counts) if i < more else split for i in range(sizes.layers))
 
 
+def rest_s(sizes: ModelSizes, profile: MachineProfile, context: int, tokens: float = 1.0) -> float:
+    """Seconds that a step spends outside routed experts."""
+    dense_s = profile.work_s(sizes.dense_weights, sizes.dense_codec, tokens) / profile.workers
+    states_s = tokens * context * sizes.state_bytes / profile.multiply_bytes_s["raw"]
+    return dense_s + states_s + sizes.layers * profile.layer_s + profile.token_s
+
+
 def _tpot(
-    sizes: ModelSizes, profile: MachineProfile, layer: tuple[float, float], batch: int
+    sizes: ModelSizes, profile: MachineProfile, layer: tuple[float, float], workload: Workload
 ) -> Forecast:
     mean, deviation = layer
-    dense_s = profile.work_s(sizes.dense_weights, sizes.dense_codec, batch) / profile.workers
-    seconds = sizes.layers * (mean + profile.layer_s) + dense_s
+    seconds = sizes.layers * mean
+    seconds += rest_s(sizes, profile, workload.prompt_tokens, workload.batch)
     swing = _DECILE * deviation * sizes.layers**0.5
     low = max(0.0, seconds - swing) * (1 - profile.spread)
     return Forecast(seconds, low, (seconds + swing) * (1 + profile.spread))
 
 
-def _ttft(sizes: ModelSizes, profile: MachineProfile, token: RankLaw, tokens: int) -> Forecast:
+def forecast_prompt(
+    sizes: ModelSizes, profile: MachineProfile, token: RankLaw, tokens: int
+) -> Forecast:
     """Forecast a prompt on a cold cache: each needed expert is read once, and layers overlap."""
     needed = float((1 - (1 - token.inclusion) ** tokens).sum())
     task = expert_task(sizes, profile, Tier.ABSENT, tokens * sizes.top_k / needed)
     one = flow(task, profile.workers)
-    dense_s = profile.work_s(sizes.dense_weights, sizes.dense_codec, tokens) / profile.workers
-    rest_s = dense_s / sizes.layers + profile.layer_s
-    seconds = Flow(0.0, rest_s, rest_s).then(one.times(needed)).times(sizes.layers).span_s
+    each_s = rest_s(sizes, profile, 0, tokens) / sizes.layers
+    seconds = Flow(0.0, each_s, each_s).then(one.times(needed)).times(sizes.layers).span_s
     return Forecast(seconds, seconds * (1 - profile.spread), seconds * (1 + profile.spread))
 
 

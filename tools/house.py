@@ -49,6 +49,8 @@ ABOVE |= {
     "_chat",
     "_demo_session",
     "_options",
+    "_plan_command",
+    "_planning",
     "_routing_commands",
 }
 PRINTING = {"cli", "_terminal"}

@@ -36,7 +36,15 @@ if TYPE_CHECKING:
 
     from zipmoe._native_block import NativeBlock
 
-__all__ = ["METHOD", "LoadOptions", "Runtime", "ZipmoeConfig", "ZipmoeQuantizer", "loading"]
+__all__ = [
+    "METHOD",
+    "LoadOptions",
+    "Runtime",
+    "ZipmoeConfig",
+    "ZipmoeQuantizer",
+    "loading",
+    "make_known",
+]
 
 METHOD = "zipmoe"
 COMPUTES = ("native", "torch")
@@ -182,13 +190,7 @@ class ZipmoeQuantizer(HfQuantizer):
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if any(str(place) not in {"None", "cpu"} for place in places):
             raise ValueError(f"zipmoe runs on the CPU only; device_map is {device_map!r}")
-        # Not at import: transformers.integrations may still be loading while this class is
-        # registered.
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: PLC0415
-
-        if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-            ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-        attention.register()
+        make_known()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Name a file that exists: else transformers looks for model.safetensors and fails."""
@@ -271,6 +273,16 @@ class ZipmoeQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Never: the experts have no gradients."""
         return False
+
+
+def make_known() -> None:
+    """Register what models call by name: the experts function and attention."""
+    # Not at import: transformers.integrations may still be loading while our class is registered.
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: PLC0415
+
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    attention.register()
 
 
 def _admit(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:

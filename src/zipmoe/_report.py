@@ -13,6 +13,7 @@ from .budget import format_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .forecast import RunForecast
     from .generate import GenerateResult
     from .hardware import Profile, Rate
     from .inspect import StoreSummary
@@ -110,4 +111,23 @@ def measured(result: GenerateResult) -> str:
         f"{len(result.token_ids)} tokens: the first after {result.ttft_s:.2f} s{pace}; "
         f"{share} were in memory, {format_bytes(cache['bytes_read'])} read\n"
         f"peak {peak} of {promised} promised; {', '.join(engaged.values())}{left}"
+    )
+
+
+NEVER_MEASURED = (
+    "no forecast: this machine was never measured for this drive; `zipmoe profile {}` does it once"
+)
+
+
+def beside(forecast: RunForecast, result: GenerateResult) -> str:
+    """Say in a line what an answer should have taken, and in brackets what it took."""
+    said = f"forecast (actual): first token {forecast.ttft_s:.2f} s ({result.ttft_s:.2f})"
+    if len(result.token_ids) < 2:
+        return said
+    tpot, rate = forecast.tpot_s * 1000, forecast.hit_rate
+    forecast_bytes, read = (format_bytes(x.bytes_per_token) for x in (forecast, result))
+    return (
+        f"{said}, then {tpot:.0f} ms ({result.tpot_s * 1000:.0f}) per token, of which "
+        f"{rate:.0%} ({result.hit_rate:.0%}) of the experts in memory and {forecast_bytes} "
+        f"({read}) read"
     )

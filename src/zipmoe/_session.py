@@ -6,17 +6,19 @@ Support of `cli.py`.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .budget import available_memory, format_bytes
+from .forecast import LEAST_TOKENS, Forecaster, RunForecast, scaled_rates
 from .generate import generate
+from .hardware import known_profile, remember_work
 from .model import load
 from .recording import RoutingRecording
 from .routing import save_trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from ._terminal import Terminal
     from .generate import GenerateResult
@@ -53,6 +55,38 @@ def recorded(terminal: Terminal, loaded: Loaded, path: Path | None) -> Iterator[
         return
     save_trace(recording.trace(), path)
     terminal.say(f"{path}: routing of {recording.steps} passes")
+
+
+class Forecasts:
+    """Says after each run of a loaded store what it should have taken, and learns from it."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._runtime = loaded.runtime
+        self._forecaster: Forecaster | None = None
+
+    def of(self, result: GenerateResult) -> RunForecast | None:
+        """Forecast a run that is over; None where this machine was never measured."""
+        if self._forecaster is None:
+            self._forecaster = self._begin()
+        if self._forecaster is None:
+            return None
+        tokens = len(result.token_ids)
+        forecast = self._forecaster.run(result.prompt_tokens, tokens, is_cold=result.is_cold)
+        if tokens >= LEAST_TOKENS:
+            remember_work(self._runtime.identity, result.tpot_s - result.wait_s, tokens - 1)
+        return forecast
+
+    def _begin(self) -> Forecaster | None:
+        runtime = self._runtime
+        measured = known_profile(Path(runtime.folder))
+        if runtime.compute != "native" or measured is None:
+            return None
+        return Forecaster(
+            runtime.sizes,
+            scaled_rates(measured, runtime.sizes, runtime.identity),
+            slots=runtime.cache.slots,
+            policy=runtime.cache.policy,
+        )
 
 
 def answer(

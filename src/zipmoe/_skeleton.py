@@ -253,6 +253,7 @@ def _model_sizes(
         )
         for rows in (table[~last], table[last])
     )
+    head = model.get_output_embeddings()
     by_codec: dict[str, int] = {}
     of_tensors = {tensor.name: tensor.codec for tensor in store.dense_tensors()}
     codecs = {id(weight): of_tensors[name] for name, weight in dense.weights.items()}
@@ -267,6 +268,7 @@ def _model_sizes(
         parts=parts,
         codec=CODECS[int(np.bincount(table[:, 4].astype(int)).argmax())],
         dense_weights=sum(by_codec.values()),
+        head_weights=0 if head is None else head.weight.shape[0] * head.weight.shape[1],
         dense_codec=max(by_codec, key=lambda codec: by_codec[codec], default="raw"),
     )
 

@@ -60,6 +60,11 @@ class StoreSketch:
         """Modules with routed experts, in the model's order."""
         return self.plan.model.layers
 
+    @property
+    def dtype(self) -> str:
+        """Name the dtype that transformers loads it in by itself."""
+        return self.plan.model.dtype
+
     @cached_property
     def source(self) -> Source:
         """Where each tensor lies in the checkpoint."""

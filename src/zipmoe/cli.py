@@ -16,6 +16,7 @@ import typer
 
 from . import __version__
 from ._options import Codec, Json, memory_size
+from ._plan_command import plan
 from ._routing_commands import bench_app, trace_app
 from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
 
@@ -249,6 +250,9 @@ def profile(
     terminal.write(f"{profiled(found)}\n")
 
 
+app.command()(plan)
+
+
 @app.command()
 def generate(
     store: Store,
@@ -288,8 +292,8 @@ def generate(
       zipmoe generate my-store --prompt "What is the capital of France?" --memory 2GB
       zipmoe generate my-store --prompt - --max-tokens 500 --json < question.txt
     """
-    from ._report import measured
-    from ._session import answer, loaded_model, recorded
+    from ._report import NEVER_MEASURED, beside, measured
+    from ._session import Forecasts, answer, loaded_model, recorded
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
@@ -307,8 +311,11 @@ def generate(
                 temperature=temperature,
                 seed=seed,
             )
-            terminal.document(result.as_dict() | {"memory": loaded.memory.as_dict()})
+            forecast = Forecasts(loaded).of(result)
+            more = {"memory": loaded.memory.as_dict(), "forecast": forecast and forecast.as_dict()}
+            terminal.document(result.as_dict() | more)
             terminal.say(measured(result))
+            terminal.say(beside(forecast, result) if forecast else NEVER_MEASURED.format(store))
 
 
 @app.command()

@@ -50,6 +50,10 @@ class GenerateResult:
     peak_rss_bytes: int
     cache: dict[str, int]
     engaged: dict[str, str]
+    hit_rate: float
+    bytes_per_token: float
+    wait_s: float
+    is_cold: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Give all fields for --json."""
@@ -98,7 +102,7 @@ def generate(
     if prompt_tokens + max_tokens > loaded.context:
         raise loaded.runtime.refusal(prompt_tokens + max_tokens)
     before = loaded.runtime.cache.counters()
-    stream = _Stream(loaded.tokenizer, on_text)
+    stream = _Stream(loaded.tokenizer, on_text, loaded.runtime.cache.counters)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded.model.generate(
@@ -116,17 +120,23 @@ def _result(
 ) -> GenerateResult:
     text = stream.finish()
     after = loaded.runtime.cache.counters()
-    times = stream.times
+    times, decoded = stream.times, max(len(stream.times) - 1, 1)
+    since = {name: after[name] - stream.at_first.get(name, after[name]) for name in after}
+    visits = since["hits"] + since["misses"]
     return GenerateResult(
         text=text,
         token_ids=stream.ids,
         prompt_tokens=prompt_tokens,
         ttft_s=times[0] - started if times else 0.0,
-        tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0,
+        tpot_s=(times[-1] - times[0]) / decoded if times else 0.0,
         memory_bytes=loaded.memory.promised,
         peak_rss_bytes=budget.peak_rss_bytes(),
         cache={name: after[name] - before[name] for name in _COUNTED},
         engaged=loaded.runtime.engaged(),
+        hit_rate=(since["hits"] - since["ahead_used"]) / visits if visits else 0.0,
+        bytes_per_token=since["bytes_read"] / decoded,
+        wait_s=since["wait_ns"] / 1e9 / decoded,
+        is_cold=not before["hits"] + before["misses"],
     )
 
 
@@ -167,10 +177,15 @@ class _Stop(StoppingCriteria):
 
 @dataclass
 class _Stream(BaseStreamer):
-    """Takes tokens from transformers, gives text to the caller, notes the times."""
+    """Takes tokens from transformers, gives text to the caller, notes the times.
+
+    At the first token it notes the counters too: what comes after it is decoding.
+    """
 
     tokenizer: Any
     on_text: Callable[[str], object] | None
+    counters: Callable[[], dict[str, int]]
+    at_first: dict[str, int] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     _told: str = ""
@@ -188,6 +203,7 @@ class _Stream(BaseStreamer):
         for token in value.reshape(-1).tolist():
             self.ids.append(token)
             self.times.append(time.perf_counter())
+            self.at_first = self.at_first or self.counters()
             self._tell(self._piece(token))
 
     def end(self) -> None:

@@ -35,9 +35,12 @@ __all__ = [
     "Profile",
     "Rate",
     "known_drive",
+    "known_profile",
+    "known_work",
     "processor",
     "profile",
     "profile_path",
+    "remember_work",
 ]
 
 MULTIPLIED = ("raw", "rank223", "rank3", "rank4")  # straight from their planes
@@ -45,6 +48,7 @@ DECODED = ("zstd", "lz4hc")  # before they are multiplied
 # Requests under way, and bytes of each.
 SHAPES = ((4, 1 << 20), (8, 1 << 20), (16, 1 << 20), (8, 2 << 20), (16, 512 << 10), (4, 4 << 20))
 ROUNDS = 3
+_REMEMBERED = 256  # tokens of earlier runs that count beside a new one, at most
 _READERS = ("io_uring", "pread")
 _VERSION = 1
 _SIDE = 2048  # of the matrices that are multiplied
@@ -147,6 +151,32 @@ def known_drive(folder: Path) -> Drive | None:
     """Give what was measured of a folder's drive, if anything was; measures nothing."""
     drive = _read().get(_drive_key(folder))
     return None if drive is None else _drive_of(drive)
+
+
+def known_profile(folder: Path) -> Profile | None:
+    """Give what was measured of this machine and of a folder's drive, if both were."""
+    known = _read()
+    core, drive = known.get(_core_key()), known.get(_drive_key(folder))
+    return None if core is None or drive is None else Profile(_core_of(core), _drive_of(drive))
+
+
+def known_work(identity: str) -> float | None:
+    """Give the seconds that a token of a store took on this processor, waiting left out."""
+    known = _read().get(_work_key(identity))
+    return None if known is None else float(known["seconds"])
+
+
+def remember_work(identity: str, seconds: float, tokens: int) -> None:
+    """Keep what a token took in a run, as a mean over this and earlier runs.
+
+    It is only advice to forecasts: where it cannot be kept, nothing is.
+    """
+    with contextlib.suppress(OSError):
+        kept = _read()
+        before = kept.get(_work_key(identity), {"seconds": 0.0, "tokens": 0})
+        weight = min(before["tokens"], _REMEMBERED)
+        mean = (before["seconds"] * weight + seconds * tokens) / (weight + tokens)
+        _write({**kept, _work_key(identity): {"seconds": mean, "tokens": weight + tokens}})
 
 
 def _measure_drive(folder: Path, steps: _Steps) -> Drive:
@@ -295,6 +325,10 @@ def processor() -> str:
 
 def _drive_key(folder: Path) -> str:
     return f"drive {platform.node()}, device {folder.stat().st_dev}, v{_VERSION}"
+
+
+def _work_key(identity: str) -> str:
+    return f"work {identity}, {_core_key()}"
 
 
 def _read() -> dict[str, Any]:

@@ -11,23 +11,28 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.utils.generic import ContextManagers
 
 from zipmoe import budget
 from zipmoe._errors import FormatError
-from zipmoe._quantizer import LoadOptions, Runtime, loading
+from zipmoe._quantizer import LoadOptions, Runtime, loading, make_known
+from zipmoe._skeleton import bind_skeleton
 from zipmoe.store import open_store
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-__all__ = ["Loaded", "load"]
+    from zipmoe._skeleton import Skeleton
+
+__all__ = ["Loaded", "load", "skeleton_of"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -140,6 +145,30 @@ def load(
     with loading(options), _without_progress_bar():
         model = _model_class(config).from_pretrained(folder, dtype="auto")
     return Loaded(model, tokenizer)
+
+
+def skeleton_of(folder: Path, store: Any, options: LoadOptions) -> Skeleton:
+    """Count what a model would need, and load nothing.
+
+    `store` is an open store, or a sketch of one; `folder` has its config.json, or the checkpoint's.
+    The skeleton is made as `from_pretrained` makes it.
+
+    Raises
+    ------
+    MismatchError, FormatError
+        transformers has no such language model, or one with other experts.
+    """
+    make_known()
+    config = AutoConfig.from_pretrained(folder)
+    dtype = getattr(torch, store.dtype)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
+    model_class = _model_class(config)
+    context = model_class.get_init_context(dtype, True, False, None)
+    base = budget.base_bytes(budget.rss_bytes())
+    with ContextManagers(context):
+        model = model_class(config).eval()
+        return bind_skeleton(model, store, options, dtype=dtype, base_bytes=base)
 
 
 def _model_class(config: Any) -> Any:

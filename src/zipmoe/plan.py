@@ -41,6 +41,7 @@ __all__ = [
     "filled_split",
     "forecast_prompt",
     "plan_cache",
+    "prompt_rest_s",
     "rest_s",
 ]
 
@@ -72,6 +73,7 @@ class ModelSizes:
     codec: str  # of the experts
     dense_weights: int  # that every token is multiplied with
     dense_codec: str
+    head_weights: int = 0  # of those: of a prompt only the last token is multiplied with them
     state_bytes: float = 0.0  # that a token reads of the KV cache for each token before it
     held: tuple[Tier, ...] = HELD  # what the cache can hold
 
@@ -408,11 +410,19 @@ def _spread(sizes: ModelSizes, split: TierSplit, cache: int) -> tuple[TierSplit,
     return tuple(TierSplit(*counts) if i < more else split for i in range(sizes.layers))
 
 
-def rest_s(sizes: ModelSizes, profile: MachineProfile, context: int, tokens: float = 1.0) -> float:
-    """Seconds that a step spends outside routed experts."""
-    dense_s = profile.work_s(sizes.dense_weights, sizes.dense_codec, tokens) / profile.workers
-    states_s = tokens * context * sizes.state_bytes / profile.multiply_bytes_s["raw"]
+def rest_s(sizes: ModelSizes, profile: MachineProfile, context: int, batch: int = 1) -> float:
+    """Seconds that a decode step spends outside routed experts."""
+    dense_s = profile.work_s(sizes.dense_weights, sizes.dense_codec, batch) / profile.workers
+    states_s = batch * context * sizes.state_bytes / profile.multiply_bytes_s["raw"]
     return dense_s + states_s + sizes.layers * profile.layer_s + profile.token_s
+
+
+def prompt_rest_s(sizes: ModelSizes, profile: MachineProfile, tokens: int) -> float:
+    """Seconds that a prompt spends outside routed experts."""
+    body = sizes.dense_weights - sizes.head_weights
+    work_s = profile.work_s(body, sizes.dense_codec, tokens)
+    work_s += profile.work_s(sizes.head_weights, sizes.dense_codec)
+    return work_s / profile.workers + sizes.layers * profile.layer_s + profile.token_s
 
 
 def _tpot(
@@ -433,7 +443,7 @@ def forecast_prompt(
     needed = float((1 - (1 - token.inclusion) ** tokens).sum())
     task = expert_task(sizes, profile, Tier.ABSENT, tokens * sizes.top_k / needed)
     one = flow(task, profile.workers)
-    each_s = rest_s(sizes, profile, 0, tokens) / sizes.layers
+    each_s = prompt_rest_s(sizes, profile, tokens) / sizes.layers
     seconds = Flow(0.0, each_s, each_s).then(one.times(needed)).times(sizes.layers).span_s
     return Forecast(seconds, seconds * (1 - profile.spread), seconds * (1 + profile.spread))
 

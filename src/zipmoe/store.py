@@ -84,6 +84,11 @@ class Store:
         return self.manifest.layers
 
     @property
+    def dtype(self) -> str:
+        """Name the dtype that transformers loads it in by itself."""
+        return self.manifest.model["dtype"]
+
+    @property
     def expert_shards(self) -> list[OpenShard]:
         """Shards of experts, in order."""
         return [shard for shard in self.shards if shard.info.kind == "experts"]

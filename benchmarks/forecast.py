@@ -53,12 +53,9 @@ def prompt(seed: int, tokens: int, vocabulary: int) -> str:
 
 def at_budget(store: Path, memory: str, options: argparse.Namespace, shape: Shape) -> list[Any]:
     """Run some requests at a budget: of each, what was forecast and what it took."""
-    from dataclasses import replace
-
     import zipmoe  # noqa: PLC0415
     from zipmoe import hardware  # noqa: PLC0415
-    from zipmoe.bench import machine_profile  # noqa: PLC0415
-    from zipmoe.forecast import LAYER_S, TOKEN_S, Forecaster, work_s  # noqa: PLC0415
+    from zipmoe.forecast import Forecaster, work_s  # noqa: PLC0415
     from zipmoe.generate import generate  # noqa: PLC0415
     from zipmoe.recording import RoutingRecording  # noqa: PLC0415
 

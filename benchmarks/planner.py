@@ -16,7 +16,6 @@ from document import publish
 
 from zipmoe._rank_model import fit_law
 from zipmoe._synthetic_routing import Routing, synthetic_trace
-from zipmoe.bench import TYPICAL
 from zipmoe.budget import MemoryReport
 from zipmoe.plan import (
     HELD,
@@ -27,6 +26,7 @@ from zipmoe.plan import (
     filled_split,
     plan_cache,
 )
+from zipmoe.rates import TYPICAL
 from zipmoe.routing import by_recency, recency_ranks
 from zipmoe.schedule import Tier
 

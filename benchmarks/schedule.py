@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from document import publish
 
-from zipmoe.plan import MachineProfile, ModelSizes, PartSize, expert_task
+from zipmoe.plan import ModelSizes, PartSize, expert_task
+from zipmoe.rates import MachineProfile
 from zipmoe.schedule import (
     Task,
     Tier,

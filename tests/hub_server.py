@@ -23,6 +23,7 @@ class Hub:
     def __init__(self, repos: dict[str, Path]) -> None:
         self.repos = repos
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
+        self.sent: dict[str, int] = {}  # bytes of each file, by its name
         self.cut_after: int | None = None
         self.endpoint = ""
 
@@ -108,13 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.missing("EntryNotFound")
             return
         data = path.read_bytes()
-        start = 0
-        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(found[1])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
+        start, stop = 0, len(data)
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if found:
+            start, stop = int(found[1]), min(stop, int(found[2] or stop) + 1)
+        self.send_response(206 if found else 200)
+        if found:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.send_header("Content-Length", str(stop - start))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{etag(path)}"')
         self.send_header("X-Repo-Commit", COMMIT)
@@ -126,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.hub.cut_after = None
         else:
-            self.wfile.write(data[start:])
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + stop - start
+            self.wfile.write(data[start:stop])
 
 
 def etag(path):

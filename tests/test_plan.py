@@ -12,7 +12,6 @@ from zipmoe.budget import MemoryReport
 from zipmoe.plan import (
     HELD,
     LayerModel,
-    MachineProfile,
     ModelSizes,
     PartSize,
     TierSplit,
@@ -21,6 +20,7 @@ from zipmoe.plan import (
     expert_task,
     plan_cache,
 )
+from zipmoe.rates import MachineProfile
 from zipmoe.routing import Popularity, by_recency, recency_ranks
 from zipmoe.schedule import Tier, by_johnson, in_sequence, simulate
 

@@ -12,10 +12,11 @@ from zipmoe import _core, hardware
 from zipmoe._errors import TraceError
 from zipmoe._rank_model import fit_law
 from zipmoe._synthetic_routing import Routing, synthetic_trace
-from zipmoe.bench import BITS, TYPICAL, bench_policies, expert_sizes
+from zipmoe.bench import BITS, bench_policies, expert_sizes
 from zipmoe.cli import app
 from zipmoe.hardware import DECODED, MULTIPLIED, CoreRates, Drive, Profile, Rate
-from zipmoe.plan import LayerModel, MachineProfile, TierSplit
+from zipmoe.plan import LayerModel, TierSplit
+from zipmoe.rates import TYPICAL, MachineProfile
 from zipmoe.replay import Replayer
 from zipmoe.routing import Trace, by_recency, save_trace
 from zipmoe.schedule import Tier

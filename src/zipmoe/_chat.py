@@ -15,9 +15,10 @@ from ._errors import FetchError, ZipmoeError
 from .generate import generate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ._terminal import Terminal
+    from .generate import GenerateResult
     from .model import Loaded
 
 GREETING = "Type a message. Ctrl-C stops an answer, /new begins again, /exit or Ctrl-D leaves."
@@ -25,11 +26,21 @@ Message = dict[str, str]
 
 
 class Chat:
-    """One conversation. `options` go to `generate`: max_tokens, temperature, seed."""
+    """One conversation. `options` go to `generate`: max_tokens, temperature, seed.
+
+    `after` is told of each answer.
+    """
 
     def __init__(
-        self, terminal: Terminal, loaded: Loaded, *, system: str | None = None, **options: Any
+        self,
+        terminal: Terminal,
+        loaded: Loaded,
+        *,
+        system: str | None = None,
+        after: Callable[[GenerateResult], object] = lambda _: None,
+        **options: Any,
     ) -> None:
+        self._after = after
         self._terminal, self._loaded, self._options = terminal, loaded, options
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._turns: list[Message] = []
@@ -101,6 +112,7 @@ class Chat:
         if self._interrupts.count:
             self._terminal.say("(stopped)")
         self._turns.append({"role": "assistant", "content": result.text})
+        self._after(result)
 
     def _forget_open_question(self) -> None:
         if self._turns and self._turns[-1]["role"] == "user":

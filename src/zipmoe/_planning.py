@@ -22,7 +22,7 @@ from .budget import plan as share_out
 from .checkpoint import open_checkpoint
 from .forecast import Forecaster, engine_sizes, scaled_rates
 from .hardware import known_work
-from .hub import checkpoint_headers, is_hub_id
+from .hub import checkpoint_headers, is_hub_id, resolve_checkpoint
 from .model import skeleton_of
 from .plan import Forecast, Workload, forecast_prompt, plan_cache
 from .replay import Replayer, policies
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from ._skeleton import Skeleton
     from .budget import MemoryReport
     from .hardware import Profile
-    from .plan import CachePlan, MachineProfile, ModelSizes
+    from .plan import CachePlan, ModelSizes
+    from .rates import MachineProfile
     from .routing import Popularity, Trace
 
 __all__ = ["PROMPTS", "Plan", "Target", "make_plan", "open_target"]
@@ -141,8 +142,10 @@ def open_target(name: str, *, context: int | None, codec: str, batch: int = 1) -
             found = skeleton_of(folder, store, options)
             manifest = store.manifest
             return Target(name, "store", folder, manifest.identity, manifest.store_bytes, found)
-        kind, weights = "checkpoint", folder
-        if is_hub_id(name):
+        kind = "checkpoint"
+        if not is_hub_id(name):
+            weights = resolve_checkpoint(name)
+        else:
             kind, folder = "hub", Path()
             weights = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zipmoe-")))
             checkpoint_headers(name, weights)

@@ -204,15 +204,13 @@ class ZipmoeQuantizer(HfQuantizer):
     # -- the skeleton is there, weights are not --------------------------------------------------
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, dtype: Any = None, **_: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         if not checkpoint_files:
             raise ZipmoeError("a zipmoe store is loaded from its folder; give its path")
         model.eval()
         with open_store(Path(checkpoint_files[0]).parent) as store:
-            skeleton = bind_skeleton(
-                model, store, self.options, dtype=dtype, base_bytes=self.base_bytes
-            )
+            skeleton = bind_skeleton(model, store, self.options, self.base_bytes)
             memory = self.options.memory or budget.available_memory().budget
             report = budget.plan(skeleton.needs, memory)
             self._dense = DenseFile(skeleton.tensors, store.read_dense)

@@ -107,8 +107,9 @@ def policy(
       zipmoe bench policy --trace routing.npz --memory 4GB
       zipmoe bench policy --synthetic 48x128x8 --slots 2000 --json
     """
-    from .bench import TYPICAL, bench_policies, expert_sizes, machine_profile
+    from .bench import bench_policies, expert_sizes
     from .hardware import profile
+    from .rates import TYPICAL, machine_profile
 
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._report import NEVER_MEASURED, beside
 from .budget import available_memory, format_bytes
 from .forecast import LEAST_TOKENS, Forecaster, RunForecast, scaled_rates
 from .generate import generate
@@ -60,26 +61,35 @@ def recorded(terminal: Terminal, loaded: Loaded, path: Path | None) -> Iterator[
 class Forecasts:
     """Says after each run of a loaded store what it should have taken, and learns from it."""
 
-    def __init__(self, loaded: Loaded) -> None:
-        self._runtime = loaded.runtime
+    def __init__(self, terminal: Terminal, loaded: Loaded) -> None:
+        self._terminal, self._runtime = terminal, loaded.runtime
         self._forecaster: Forecaster | None = None
+        self._is_asked = False
 
-    def of(self, result: GenerateResult) -> RunForecast | None:
-        """Forecast a run that is over; None where this machine was never measured."""
-        if self._forecaster is None:
-            self._forecaster = self._begin()
+    def beside(self, result: GenerateResult) -> RunForecast | None:
+        """Say and give the forecast of a run that is over; None where there is nothing to say.
+
+        That is: with torch's products, whose rates nobody measures, and on a machine that was never
+        measured. The latter is said once.
+        """
+        if not self._is_asked:
+            self._is_asked, self._forecaster = True, self._begin()
         if self._forecaster is None:
             return None
         tokens = len(result.token_ids)
         forecast = self._forecaster.run(result.prompt_tokens, tokens, is_cold=result.is_cold)
+        self._terminal.say(beside(forecast, result))
         if tokens >= LEAST_TOKENS:
             remember_work(self._runtime.identity, result.tpot_s - result.wait_s, tokens - 1)
         return forecast
 
     def _begin(self) -> Forecaster | None:
         runtime = self._runtime
+        if runtime.compute != "native":
+            return None
         measured = known_profile(Path(runtime.folder))
-        if runtime.compute != "native" or measured is None:
+        if measured is None:
+            self._terminal.say(NEVER_MEASURED.format(runtime.folder))
             return None
         return Forecaster(
             runtime.sizes,

@@ -59,9 +59,7 @@ class Skeleton:
     sizes: ModelSizes
 
 
-def bind_skeleton(
-    model: Any, store: Any, options: LoadOptions, *, dtype: Any, base_bytes: int
-) -> Skeleton:
+def bind_skeleton(model: Any, store: Any, options: LoadOptions, base_bytes: int) -> Skeleton:
     """Put stand-ins in the places of a skeleton's weights, and count what it will need.
 
     `store` is an open store, or a sketch of one. `base_bytes`: the process's own.
@@ -71,7 +69,7 @@ def bind_skeleton(
     MismatchError
         The store is of another model.
     """
-    layers = expert_layers(store)
+    layers, dtype = expert_layers(store), model.config.dtype
     source = _bind_experts(model, layers, native=options.compute == "native")
     dense = PackedDense()
     if options.compute == "native":
@@ -149,7 +147,7 @@ def _activations(model: Any, layers: list[ExpertLayer], dtype: Any) -> Any:
     return footprint.activations(
         model,
         expert_width=max(sum(rows for rows, _ in layer.shapes[:-1]) for layer in layers),
-        element_bytes=(dtype or torch.bfloat16).itemsize,
+        element_bytes=dtype.itemsize,
         whole_experts=any(needs_whole(module) for module in model.modules()),
         one_call=all(runs_in_one_call(module) for module in model.modules()),
     )

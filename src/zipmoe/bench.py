@@ -13,7 +13,6 @@ from zipmoe._rank_model import fit_law
 from zipmoe.plan import (
     HELD,
     LayerModel,
-    MachineProfile,
     ModelSizes,
     PartSize,
     TierSplit,
@@ -25,10 +24,10 @@ from zipmoe.routing import by_recency
 from zipmoe.schedule import Tier
 
 if TYPE_CHECKING:
-    from zipmoe.hardware import Profile
+    from zipmoe.rates import MachineProfile
     from zipmoe.routing import Trace
 
-__all__ = ["BITS", "TYPICAL", "PolicyBench", "bench_policies", "expert_sizes", "machine_profile"]
+__all__ = ["BITS", "PolicyBench", "bench_policies", "expert_sizes"]
 
 # Bits of a stored weight, N(0, 0.02) in BF16: benchmarks/results/codec.json.
 BITS = {
@@ -39,27 +38,6 @@ BITS = {
     "zstd": 10.67,
     "lz4hc": 11.95,
 }
-
-# Two cores of a Zen 4 server and a drive of its class.
-TYPICAL = MachineProfile(
-    workers=2,
-    read_bytes_s=2.8e9,
-    multiply_bytes_s={"raw": 30e9, "rank3": 37e9, "rank223": 36e9, "rank4": 37e9},
-    decode_bytes_s={"zstd": 1.8e9, "lz4hc": 3e9},
-    flops=200e9,
-)
-
-
-def machine_profile(measured: Profile) -> MachineProfile:
-    """Give the rates that were measured of a machine."""
-    core = measured.core
-    return MachineProfile(
-        workers=core.workers,
-        read_bytes_s=measured.drive.read_bytes_s.median,
-        multiply_bytes_s={codec: rate.median for codec, rate in core.multiply_bytes_s.items()},
-        decode_bytes_s={codec: rate.median for codec, rate in core.decode_bytes_s.items()},
-        flops=core.flops.median,
-    )
 
 
 def expert_sizes(trace: Trace, weights: int, codec: str) -> ModelSizes:

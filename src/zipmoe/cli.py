@@ -292,7 +292,7 @@ def generate(
       zipmoe generate my-store --prompt "What is the capital of France?" --memory 2GB
       zipmoe generate my-store --prompt - --max-tokens 500 --json < question.txt
     """
-    from ._report import NEVER_MEASURED, beside, measured
+    from ._report import measured
     from ._session import Forecasts, answer, loaded_model, recorded
 
     terminal = Terminal(as_json=as_json)
@@ -311,11 +311,10 @@ def generate(
                 temperature=temperature,
                 seed=seed,
             )
-            forecast = Forecasts(loaded).of(result)
-            more = {"memory": loaded.memory.as_dict(), "forecast": forecast and forecast.as_dict()}
-            terminal.document(result.as_dict() | more)
             terminal.say(measured(result))
-            terminal.say(beside(forecast, result) if forecast else NEVER_MEASURED.format(store))
+            forecast = Forecasts(terminal, loaded).beside(result)
+            more = {"memory": loaded.memory.as_dict(), "forecast": forecast and asdict(forecast)}
+            terminal.document(result.as_dict() | more)
 
 
 @app.command()
@@ -343,7 +342,7 @@ def chat(
       zipmoe chat my-store --memory 6GB
     """
     from ._chat import Chat
-    from ._session import loaded_model, recorded
+    from ._session import Forecasts, loaded_model, recorded
 
     terminal = Terminal(as_json=False)
     options = {"context": context, "compute": compute}
@@ -353,7 +352,8 @@ def chat(
         loaded_model(terminal, store, memory=memory, **options) as loaded,
         recorded(terminal, loaded, record),
     ):
-        Chat(terminal, loaded, system=system, **answers).run()
+        forecasts = Forecasts(terminal, loaded)
+        Chat(terminal, loaded, system=system, after=forecasts.beside, **answers).run()
 
 
 @app.command()

@@ -7,7 +7,7 @@ measured here.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,16 @@ import numpy as np
 from zipmoe import hardware
 from zipmoe._rank_model import fit_law
 from zipmoe._synthetic_routing import Routing, synthetic_trace, typical_popularity
-from zipmoe.bench import machine_profile
 from zipmoe.plan import LayerModel, TierSplit, expert_task, prompt_rest_s, rest_s
+from zipmoe.rates import machine_profile
 from zipmoe.replay import Replayer
 from zipmoe.schedule import Flow, Tier, flow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from zipmoe.plan import MachineProfile, ModelSizes
+    from zipmoe.plan import ModelSizes
+    from zipmoe.rates import MachineProfile
     from zipmoe.replay import Replay
     from zipmoe.routing import Trace
 
@@ -32,9 +33,6 @@ __all__ = ["LEAST_TOKENS", "Forecaster", "RunForecast", "engine_sizes", "scaled_
 
 ENGINE_TIERS = (Tier.COMPRESSED,)  # what the expert cache can hold
 LEAST_TOKENS = 8  # of a run whose times are worth remembering
-# What a token takes outside products, until a store's own runs say it: norms, attention, routing
-# and calls of a layer; sampling and Python. Medians on two cores (docs/planning.md).
-LAYER_S, TOKEN_S = 100e-6, 3e-3
 _MOST_REPLAYED = 128  # tokens: longer prompts and answers are as these
 _HELD = TierSplit(compressed=1)  # any split of this one tier has the same table of times
 
@@ -49,10 +47,6 @@ class RunForecast:
     bytes_per_token: float
     is_cold: bool  # nothing was in memory when it began
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give all fields for --json."""
-        return asdict(self)
-
 
 def engine_sizes(sizes: ModelSizes) -> ModelSizes:
     """Let the planner give memory only to tiers that the engine has."""
@@ -61,7 +55,7 @@ def engine_sizes(sizes: ModelSizes) -> ModelSizes:
 
 def scaled_rates(measured: hardware.Profile, sizes: ModelSizes, identity: str) -> MachineProfile:
     """Fill in what a profile does not say: from observed runs of a store, or by an estimate."""
-    rates = replace(machine_profile(measured), layer_s=LAYER_S, token_s=TOKEN_S)
+    rates = machine_profile(measured)
     observed_s = hardware.known_work(identity)
     return rates if observed_s is None else rates.scaled(observed_s / work_s(sizes, rates))
 

@@ -162,8 +162,7 @@ def known_profile(folder: Path) -> Profile | None:
 
 def known_work(identity: str) -> float | None:
     """Give the seconds that a token of a store took on this processor, waiting left out."""
-    known = _read().get(_work_key(identity))
-    return None if known is None else float(known["seconds"])
+    return _known_work(_read(), identity)[0] or None
 
 
 def remember_work(identity: str, seconds: float, tokens: int) -> None:
@@ -173,10 +172,21 @@ def remember_work(identity: str, seconds: float, tokens: int) -> None:
     """
     with contextlib.suppress(OSError):
         kept = _read()
-        before = kept.get(_work_key(identity), {"seconds": 0.0, "tokens": 0})
-        weight = min(before["tokens"], _REMEMBERED)
-        mean = (before["seconds"] * weight + seconds * tokens) / (weight + tokens)
+        before, weight = _known_work(kept, identity)
+        weight = min(weight, _REMEMBERED)
+        mean = (before * weight + seconds * tokens) / (weight + tokens)
         _write({**kept, _work_key(identity): {"seconds": mean, "tokens": weight + tokens}})
+
+
+def _known_work(kept: dict[str, Any], identity: str) -> tuple[float, int]:
+    """Seconds of a token, and how many tokens they are a mean of; zeros where nothing is known."""
+    found = kept.get(_work_key(identity))
+    seconds, tokens = (
+        found.get(k) if isinstance(found, dict) else None for k in ("seconds", "tokens")
+    )
+    if not isinstance(seconds, float) or not isinstance(tokens, int) or seconds <= 0 or tokens <= 0:
+        return 0.0, 0
+    return seconds, tokens
 
 
 def _measure_drive(folder: Path, steps: _Steps) -> Drive:

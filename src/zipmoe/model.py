@@ -168,7 +168,7 @@ def skeleton_of(folder: Path, store: Any, options: LoadOptions) -> Skeleton:
     base = budget.base_bytes(budget.rss_bytes())
     with ContextManagers(context):
         model = model_class(config).eval()
-        return bind_skeleton(model, store, options, dtype=dtype, base_bytes=base)
+        return bind_skeleton(model, store, options, base)
 
 
 def _model_class(config: Any) -> Any:

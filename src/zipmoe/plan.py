@@ -8,7 +8,7 @@ it is as good. Nothing is measured here: rates come in a `MachineProfile`.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, pairwise, permutations
 from typing import TYPE_CHECKING, Any
@@ -19,18 +19,18 @@ from zipmoe._rank_model import RankLaw, batch_law, expectation, fit_law
 from zipmoe.schedule import Flow, Part, Task, Tier, flow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from zipmoe.budget import MemoryReport
+    from zipmoe.rates import MachineProfile
     from zipmoe.routing import Popularity
 
 __all__ = [
     "CachePlan",
     "Forecast",
     "LayerModel",
-    "MachineProfile",
     "ModelSizes",
     "PartSize",
     "TierSplit",
@@ -101,39 +101,6 @@ def _resident(part: PartSize, tier: Tier) -> int:
 def _missing(part: PartSize, tier: Tier) -> int:
     signs = part.sign_mantissa_bytes * (tier in {Tier.EXPONENTS, Tier.ABSENT})
     return signs + part.exponents_bytes * (tier in {Tier.SIGN_MANTISSA, Tier.ABSENT})
-
-
-@dataclass(frozen=True)
-class MachineProfile:
-    """Measured rates of a machine. Bytes of weights are those in BF16, whatever is read of them."""
-
-    workers: int
-    read_bytes_s: float  # of the drive
-    # All workers at once, few tokens, by what is multiplied: "raw", and codecs whose planes are
-    # multiplied directly.
-    multiply_bytes_s: Mapping[str, float]
-    decode_bytes_s: Mapping[str, float]  # of one worker, by codec: what is not multiplied directly
-    flops: float  # all workers at once, many tokens
-    layer_s: float = 0.0  # a token's rest of a layer: attention, norms, and what calls cost
-    token_s: float = 0.0  # a token's rest of everything: sampling, calls of Python
-    spread: float = 0.1  # relative, of these rates between measurements
-
-    def work_s(self, weights: int, codec: str, tokens: float = 1.0) -> float:
-        """Seconds that weights of a codec take one worker."""
-        direct = codec in self.multiply_bytes_s
-        touched = 2 * weights / self.multiply_bytes_s[codec if direct else "raw"]
-        decode = 0.0 if direct else 2 * weights / self.decode_bytes_s[codec]
-        return self.workers * max(touched, 2 * weights * tokens / self.flops) + decode
-
-    def scaled(self, factor: float) -> MachineProfile:
-        """Let a token's work, but no prompt's and no reading, take that many times as long."""
-        return replace(
-            self,
-            multiply_bytes_s={name: rate / factor for name, rate in self.multiply_bytes_s.items()},
-            decode_bytes_s={name: rate / factor for name, rate in self.decode_bytes_s.items()},
-            layer_s=self.layer_s * factor,
-            token_s=self.token_s * factor,
-        )
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 A model of the shape of Qwen1.5-MoE-A2.7B with random weights answers prompts of random tokens, with
 answers that are drawn, at several memory budgets. The machine is measured first, in the same round.
-At each budget a first, cold request is timed, then warm ones; the routing of one more is recorded
-beforehand, so that forecasts rest on another request's routing. Three forecasts of each run are
-compared with it: from synthetic routing, from the recorded routing, and, from the second request
-on, with the work of a token as observed in the runs before.
+At each budget a first, cold request is timed, then warm ones; the routing of two more is recorded
+beforehand, so that forecasts rest on other requests' routing. Forecasts of each run are compared
+with it: from synthetic routing and from the recorded one; with the work of a token as estimated
+from the machine's rates alone, and as the other runs have shown it.
 
     python benchmarks/forecast.py [--layers 8] [--memory 4GB ...] [--requests 3] [--tokens 32]
         [--refresh] [--cache FOLDER] [--out benchmarks/results/forecast.json]
@@ -17,15 +17,19 @@ import argparse
 import os
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from document import publish
 from machine import describe_machine
 from synthetic_qwen import Shape, cache_folder, forget_pages, prepare
 
-MEASURES = ("ttft_s", "tpot_s", "bytes_per_token")
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MEASURES = ("ttft_s", "tpot_s")
+TAKEN = (*MEASURES, "hit_rate", "bytes_per_token", "wait_s", "is_cold")
 
 
 class Numbers:
@@ -51,74 +55,77 @@ def prompt(seed: int, tokens: int, vocabulary: int) -> str:
     return " ".join(map(str, np.random.default_rng(seed).integers(vocabulary, size=tokens)))
 
 
-def at_budget(store: Path, memory: str, options: argparse.Namespace, shape: Shape) -> list[Any]:
-    """Run some requests at a budget: of each, what was forecast and what it took."""
+@dataclass
+class Arm:
+    """A budget: its runs, the routing of other runs, and what forecasts need to know."""
+
+    memory: str
+    sizes: Any
+    cache: dict[str, Any]  # slots and policy
+    results: list[Any]
+    trace: Any
+
+
+def at_budget(store: Path, memory: str, options: argparse.Namespace, shape: Shape) -> Arm:
+    """Run a cold request and some warm ones, and record the routing of two others."""
     import zipmoe  # noqa: PLC0415
-    from zipmoe import hardware  # noqa: PLC0415
-    from zipmoe.forecast import Forecaster, work_s  # noqa: PLC0415
     from zipmoe.generate import generate  # noqa: PLC0415
     from zipmoe.recording import RoutingRecording  # noqa: PLC0415
 
     forget_pages(store)
-    rows = []
     with zipmoe.load(store, memory=memory, context=options.context) as loaded:
         loaded.tokenizer = Numbers()
         runtime = loaded.runtime
-        rates = replace(
-            machine_profile(hardware.known_profile(store)), layer_s=LAYER_S, token_s=TOKEN_S
-        )
-        cache = {"slots": runtime.cache.slots, "policy": runtime.cache.policy}
-        estimated = Forecaster(runtime.sizes, rates, **cache)
 
         def answer(seed: int) -> Any:
             text = prompt(seed, options.prompt, shape.vocabulary)
             return generate(loaded, text, max_tokens=options.tokens, temperature=1.0, seed=seed)
 
-        results = [answer(0)]  # cold
+        results = [answer(0)]
         with RoutingRecording(loaded.model, runtime.source) as recording:
             answer(1)
             answer(2)
-        trace = recording.trace()
         results += [answer(seed) for seed in range(3, 3 + options.requests)]
-        worked = [one.tpot_s - one.wait_s for one in results]
-        for number, result in enumerate(results):
-            counts = (result.prompt_tokens, len(result.token_ids))
-            known = [s for i, s in enumerate(worked) if i != number]
-            factor = statistics.mean(known) / work_s(runtime.sizes, rates)
-            learned = Forecaster(runtime.sizes, rates.scaled(factor), **cache)
-            forecasts = {
-                "synthetic": estimated.run(*counts, is_cold=result.is_cold),
-                "synthetic, work observed": learned.run(*counts, is_cold=result.is_cold),
-            }
+        cache = {"slots": runtime.cache.slots, "policy": runtime.cache.policy}
+        return Arm(memory, runtime.sizes, cache, results, recording.trace())
+
+
+def compare(arms: list[Arm], store: Path) -> Iterator[dict[str, Any]]:
+    """Yield of each run what it took and what is forecast, by what the forecast may know."""
+    from zipmoe.forecast import Forecaster, work_s  # noqa: PLC0415
+    from zipmoe.hardware import known_profile  # noqa: PLC0415
+    from zipmoe.rates import machine_profile  # noqa: PLC0415
+
+    rates = machine_profile(known_profile(store))
+    everything = [result for arm in arms for result in arm.results]
+    for arm, result in ((arm, result) for arm in arms for result in arm.results):
+        others = [one.tpot_s - one.wait_s for one in everything if one is not result]
+        factor = statistics.mean(others) / work_s(arm.sizes, rates)
+        forecasts = {}
+        for work, known in {"estimated": rates, "observed": rates.scaled(factor)}.items():
+            forecaster = Forecaster(arm.sizes, known, **arm.cache)
+            counts = result.prompt_tokens, len(result.token_ids)
+            run = forecaster.run(*counts, is_cold=result.is_cold)
+            forecasts[f"synthetic routing, work {work}"] = asdict(run)
             if not result.is_cold:
-                forecasts["recorded"] = estimated.replay(trace, result.prompt_tokens)
-                forecasts["recorded, work observed"] = learned.replay(trace, result.prompt_tokens)
-            took = {k: getattr(result, k) for k in (*MEASURES, "hit_rate", "wait_s", "is_cold")}
-            said = {name: asdict(one) for name, one in forecasts.items()}
-            rows.append(
-                {
-                    "memory": memory,
-                    "slots": cache["slots"],
-                    "actual": took,
-                    "forecasts": said,
-                    "work_factor": factor,
-                }
-            )
-            show(rows[-1])
-    return rows
+                run = forecaster.replay(arm.trace, result.prompt_tokens)
+                forecasts[f"recorded routing, work {work}"] = asdict(run)
+        took = {name: getattr(result, name) for name in TAKEN}
+        yield {
+            "memory": arm.memory,
+            "slots": arm.cache["slots"],
+            "work_over_estimate": factor,
+            "actual": took,
+            "forecasts": forecasts,
+        }
 
 
 def show(row: dict[str, Any]) -> None:
-    for name, values in {"actual": row["actual"], **row["forecasts"]}.items():
+    for name, one in {"actual": row["actual"], **row["forecasts"]}.items():
         print(
-            f"{row['memory']:>6} {row['slots']:4} {'cold' if row['actual']['is_cold'] else 'warm'} "
-            f"{name:26} ttft {values['ttft_s']:.3f} s  tpot {values['tpot_s'] * 1000:6.1f} ms  "
-            f"hits {values['hit_rate']:.3f}  {values['bytes_per_token'] / 1e6:6.1f} MB  "
-            + (
-                f"wait {values['wait_s'] * 1000:.1f} ms factor {row['work_factor']:.2f}"
-                if "wait_s" in values
-                else ""
-            ),
+            f"{row['memory']:>6} {'cold' if one['is_cold'] else 'warm'} {name:34} "
+            f"first {one['ttft_s']:6.3f} s, token {one['tpot_s'] * 1000:6.1f} ms, "
+            f"hits {one['hit_rate']:.3f}, read {one['bytes_per_token'] / 1e6:6.1f} MB",
             file=sys.stderr,
         )
 
@@ -128,7 +135,7 @@ def errors(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for name, forecast in row["forecasts"].items():
-            for measure in MEASURES[:2]:
+            for measure in MEASURES:
                 error = abs(forecast[measure] / row["actual"][measure] - 1)
                 found.setdefault(name, {}).setdefault(measure, []).append(error)
     return {
@@ -156,7 +163,10 @@ def main() -> None:
     shape = Shape(layers=options.layers)
     store = options.store or prepare(shape, options.cache).store
     profile(store, refresh=options.refresh)
-    rows = [row for memory in options.memory for row in at_budget(store, memory, options, shape)]
+    arms = [at_budget(store, memory, options, shape) for memory in options.memory]
+    rows = list(compare(arms, store))
+    for row in rows:
+        show(row)
     publish(
         {
             "benchmark": "forecast",

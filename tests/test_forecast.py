@@ -1,7 +1,8 @@
-"""Forecasts of runs: what they follow from, that they stand beside each run, and what they learn."""
+"""Forecasts of runs: what they follow from, how they stand beside a run, and what they learn."""
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from measured_machine import as_if_measured
@@ -14,10 +15,11 @@ from zipmoe import hardware
 from zipmoe._synthetic_routing import Routing, synthetic_trace
 from zipmoe.budget import MemoryReport
 from zipmoe.cli import app
-from zipmoe.forecast import Forecaster, scaled_rates, work_s
+from zipmoe.forecast import Forecaster, engine_sizes, scaled_rates, work_s
 from zipmoe.pack import pack_checkpoint
 from zipmoe.plan import plan_cache
 from zipmoe.routing import by_recency
+from zipmoe.schedule import Tier
 
 SIZES = replace(model(), layers=4)
 ALL = SIZES.layers * SIZES.experts
@@ -29,7 +31,7 @@ def forecaster(slots, rates=MACHINE, sizes=SIZES):
 
 def test_a_run_that_finds_everything_in_memory_takes_what_its_products_take():
     warm = forecaster(ALL).run(64, 32, is_cold=False)
-    assert warm.tpot_s == pytest.approx(work_s(SIZES, MACHINE), rel=1e-6)
+    assert warm.tpot_s == pytest.approx(work_s(SIZES, MACHINE), rel=0.01)
     assert warm.hit_rate > 0.97  # a few experts no earlier token had chosen
     cold = forecaster(ALL).run(64, 32)
     assert cold.ttft_s > 2 * warm.ttft_s
@@ -39,16 +41,12 @@ def test_a_run_that_finds_everything_in_memory_takes_what_its_products_take():
 
 def test_fewer_slots_read_more_and_take_longer():
     runs = [forecaster(slots).run(64, 64, is_cold=False) for slots in (20, 60, 120, ALL)]
-    for less, more in zip(runs, runs[1:], strict=False):
+    for less, more in pairwise(runs):
         assert less.hit_rate < more.hit_rate
         assert less.bytes_per_token > more.bytes_per_token
         assert less.tpot_s > more.tpot_s
         assert less.ttft_s > 0.99 * more.ttft_s
-    wanted = (
-        SIZES.layers
-        * SIZES.top_k
-        * sum(p.sign_mantissa_bytes + p.exponents_bytes for p in SIZES.parts)
-    )
+    wanted = SIZES.layers * SIZES.top_k * SIZES.missing_bytes(Tier.ABSENT)
     for run in runs:
         assert run.bytes_per_token == pytest.approx((1 - run.hit_rate) * wanted)
 
@@ -63,9 +61,9 @@ def test_longer_prompts_take_longer_and_long_contexts_slow_down_tokens():
 def test_the_replay_of_recorded_routing_agrees_with_the_planner():
     trace = synthetic_trace(Routing(60, 4, 4, 8, prompt_tokens=64, decode_tokens=64), seed=2)
     found = forecaster(120).replay(trace, 64)
-    cache = 120 * sum(p.sign_mantissa_bytes + p.exponents_bytes for p in SIZES.parts)
+    cache = 120 * SIZES.missing_bytes(Tier.ABSENT)
     memory = MemoryReport(promised=cache, base=0, dense=0, kv=0, scratch=0, cache=cache)
-    planned = plan_cache(SIZES, MACHINE, by_recency(trace), memory)
+    planned = plan_cache(engine_sizes(SIZES), MACHINE, by_recency(trace), memory)
     assert found.hit_rate == pytest.approx(planned.hit_rate, abs=0.1)
     assert found.tpot_s == pytest.approx(planned.tpot.seconds, rel=0.1)
 

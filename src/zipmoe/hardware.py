@@ -181,9 +181,9 @@ def remember_work(identity: str, seconds: float, tokens: int) -> None:
 def _known_work(kept: dict[str, Any], identity: str) -> tuple[float, int]:
     """Seconds of a token, and how many tokens they are a mean of; zeros where nothing is known."""
     found = kept.get(_work_key(identity))
-    seconds, tokens = (
-        found.get(k) if isinstance(found, dict) else None for k in ("seconds", "tokens")
-    )
+    if not isinstance(found, dict):
+        return 0.0, 0
+    seconds, tokens = found.get("seconds"), found.get("tokens")
     if not isinstance(seconds, float) or not isinstance(tokens, int) or seconds <= 0 or tokens <= 0:
         return 0.0, 0
     return seconds, tokens

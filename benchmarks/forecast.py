@@ -98,7 +98,7 @@ def compare(arms: list[Arm], store: Path) -> Iterator[dict[str, Any]]:
 
     rates = machine_profile(known_profile(store))
     everything = [result for arm in arms for result in arm.results]
-    for arm, result in ((arm, result) for arm in arms for result in arm.results):
+    for arm, result in ((one, result) for one in arms for result in one.results):
         others = [one.tpot_s - one.wait_s for one in everything if one is not result]
         factor = statistics.mean(others) / work_s(arm.sizes, rates)
         forecasts = {}

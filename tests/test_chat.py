@@ -33,6 +33,12 @@ def store(checkpoint):
     return checkpoint.parent / "store"
 
 
+@pytest.fixture(autouse=True)
+def apart(tmp_path, monkeypatch):
+    """What runs teach is kept apart from the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def run(*words, stdin=None):
     return CliRunner().invoke(app, [str(word) for word in words], input=stdin)
 

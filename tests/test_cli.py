@@ -16,7 +16,7 @@ from zipmoe import _terminal, cli
 from zipmoe._errors import BudgetError, CorruptError, FetchError, MismatchError, SpaceError
 from zipmoe.cli import app
 
-COMMANDS = ["pack", "unpack", "verify", "inspect", "generate", "chat", "demo"]
+COMMANDS = ["pack", "unpack", "verify", "inspect", "plan", "generate", "chat", "demo"]
 NESTED = ["trace show", "bench policy"]
 
 
@@ -106,6 +106,9 @@ def test_version_is_the_package_s():
         ["generate", "store", "--prompt", "x", "--memory", "0GB"],
         ["generate", "store", "--prompt", "x", "--temperature", "-1"],
         ["generate", "store", "--prompt", "x", "--compute", "magic"],
+        ["plan"],
+        ["plan", "store", "--memory", "lots"],
+        ["plan", "store", "--codec", "gzip"],
         ["chat"],
         ["nonsense"],
         ["verify", "store", "--force"],

@@ -127,7 +127,6 @@ def beside(forecast: RunForecast, result: GenerateResult) -> str:
     tpot, rate = forecast.tpot_s * 1000, forecast.hit_rate
     forecast_bytes, read = (format_bytes(x.bytes_per_token) for x in (forecast, result))
     return (
-        f"{said}, then {tpot:.0f} ms ({result.tpot_s * 1000:.0f}) per token, of which "
-        f"{rate:.0%} ({result.hit_rate:.0%}) of the experts in memory and {forecast_bytes} "
-        f"({read}) read"
+        f"{said}, then {tpot:.0f} ms ({result.tpot_s * 1000:.0f}) per token, with {rate:.0%} "
+        f"({result.hit_rate:.0%}) of its experts in memory and {forecast_bytes} ({read}) read"
     )

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TYPICAL", "MachineProfile", "machine_profile"]
 
-# What a token takes outside products, until a store's own runs say it. Of a layer: norms, attention
-# and calls, what a tiny layer takes (python_overhead in benchmarks/results/layer.json). Of the whole
-# model: sampling and transformers' own loop.
+# What a token takes outside products, until a store's own runs say it. Of a layer: norms,
+# attention and calls, what a tiny layer takes (python_overhead in benchmarks/results/layer.json).
+# Of the whole model: sampling and transformers' own loop.
 LAYER_S, TOKEN_S = 125e-6, 3e-3
 
 

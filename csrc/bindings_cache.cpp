@@ -131,11 +131,11 @@ void bind_cache(nb::module_& m) {
           "layer"_a, "experts"_a)
       .def(
           "limit",
-          [](const CacheHandle& self, std::uint64_t bytes) {
+          [](const CacheHandle& self, std::uint64_t most) {
             nb::gil_scoped_release release;
-            return self->limit(bytes);
+            return self->limit(most);
           },
-          "bytes"_a)
+          "most"_a)
       .def("decode", &decode_into, "layer"_a, "expert"_a, "matrix"_a, "out"_a.noconvert())
       .def("counters", &counters_of)
       .def("close", [](const CacheHandle& self) {

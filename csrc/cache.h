@@ -108,10 +108,11 @@ class ExpertCache final : private ReadSink {
   // frees threads, files and memory. Any later call throws std::invalid_argument. Idempotent.
   void close();
 
-  // From now on it takes no more than this, but at least floor_bytes and at most its capacity; what
-  // it will come to is returned. Experts that have no place any more are dropped, the least worthy
-  // first, and their memory goes back to the system: at once, or as soon as nobody uses them.
-  std::uint64_t limit(std::uint64_t bytes);
+  // From now on it takes no more bytes than `most`, but at least floor_bytes and at most its
+  // capacity; what it will come to is returned. Experts that have no place any more are dropped,
+  // the least worthy first, and their memory goes back to the system: at once, or as soon as nobody
+  // uses them.
+  std::uint64_t limit(std::uint64_t most);
 
   // True in a child of the process that made it.
   [[nodiscard]] bool is_forked() const;

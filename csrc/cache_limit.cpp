@@ -10,9 +10,9 @@
 
 namespace zipmoe {
 
-std::uint64_t ExpertCache::limit(std::uint64_t bytes) {
+std::uint64_t ExpertCache::limit(std::uint64_t most) {
   const std::uint64_t least = needed_bytes(table_, kLeastSlots);
-  const std::uint32_t allowed = std::min(slots_within(table_, std::max(bytes, least)), num_slots_);
+  const std::uint32_t allowed = std::min(slots_within(table_, std::max(most, least)), num_slots_);
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_store import write_store
 from synthetic_shards import make_shards
+from test_cache_ahead import wait_until
 from test_cache_threads import NUM_THREADS, run_threads
 from test_reader_faults import replaced, waiting
 
@@ -60,6 +61,20 @@ def test_the_least_worthy_go_and_the_others_stay_where_they_fit(shards):
     for expert in (1, 2):
         shards.check_expert(cache, 0, expert)
     assert cache.counters()["evictions"] == 5
+    assert after["ahead_used"] == 0
+    cache.close()
+
+
+def test_what_was_read_ahead_is_still_known_as_such_in_its_new_place(shards):
+    cache = shards.open(slots=3, policy="lru")
+    for expert in (0, 1):
+        shards.check_expert(cache, 0, expert)
+    cache.look_ahead(1, [2])
+    wait_until(cache, ahead_reads=1, bytes_read=3 * shards.record_bytes())
+    cache.limit(shards.capacity(2))
+    shards.check_expert(cache, 1, 2)
+    counters = cache.counters()
+    assert (counters["misses"], counters["ahead_used"]) == (2, 1)
     cache.close()
 
 

@@ -151,8 +151,8 @@ class ExpertCache:
         """
     def look_ahead(self, layer: int, experts: Sequence[int]) -> None:
         """Read these while the drive would be idle; forgotten at the next `prefetch`."""
-    def limit(self, bytes: int) -> int:
-        """Take no more than so many bytes from now on; returns what it will come to.
+    def limit(self, most: int) -> int:
+        """Take no more than `most` bytes from now on; returns what it will come to.
 
         At least `floor_bytes` and at most capacity_bytes. Experts that have no place any more are
         dropped, the least worthy first, and their memory goes back to the system: at once, or as

@@ -243,11 +243,24 @@ def test_a_watch_that_ended_with_an_error_says_so(tmp_path, monkeypatch):
     write(tmp_path, meminfo(8 * 10**9) | {"proc/pressure/memory": PRESSURE % 0})
     watch = Watch(Cache(), report(), FLOOR, tmp_path).start()
     (tmp_path / "proc/meminfo").unlink()
-    for thread in threading.enumerate():
-        if thread.name == "zipmoe-memory":
-            thread.join(10)
+    for thread in watching():
+        thread.join(10)
     assert "FileNotFoundError" in watch.gave_back()
     watch.close()
+
+
+def test_a_watch_may_be_ended_from_its_own_thread(tmp_path, monkeypatch):
+    # As happens where the garbage collector runs there and finds a model that nobody refers to.
+    monkeypatch.setattr(pressure, "PERIOD_S", 0.01)
+    write(tmp_path, meminfo(8 * 10**9) | {"proc/self/cgroup": OWN[1]})
+    write(tmp_path, group(1, "a/b", 0, 0))
+    cache = Cache()
+    watch = Watch(cache, report(), FLOOR, tmp_path)
+    cache.limit = lambda _: watch.close()
+    watch.start()
+    for thread in watching():
+        thread.join(10)
+    assert "limit 1" in watch.gave_back()
 
 
 def watching():

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <string.h>
 #include <unistd.h>
 
 enum { NONE, ERROR, SHORT, FLIP, RANDOM };
@@ -78,9 +79,10 @@ static ssize_t faulty(int fd, void* buffer, size_t length, off64_t offset) {
   }
   ssize_t got = real(fd, buffer, length, offset);
   if (kind == FLIP && got > 0) ((unsigned char*)buffer)[got / 2] ^= 4;
-  if (kind == SHORT && got > value) got = value;
-  if (got > most) got = most;
-  return got;
+  const ssize_t given = kind == SHORT && value < most ? value : most;
+  if (got <= given) return got;
+  memset((char*)buffer + given, 0xA5, (size_t)(got - given)); /* nothing came there */
+  return given;
 }
 
 ssize_t pread(int fd, void* buffer, size_t length, off_t offset) {

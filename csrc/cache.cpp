@@ -148,6 +148,9 @@ void ExpertCache::begin_request(double share) {
   const Lock lock(mutex_);
   check_usable();
   residency_.begin_request(share);
+  failed_.clear();
+  for (const std::shared_ptr<Read>& read : reads_)
+    if (read) read->is_of_before = true;
 }
 
 Lease ExpertCache::acquire(std::uint64_t layer, std::uint64_t expert) {
@@ -305,13 +308,12 @@ void ExpertCache::read_done(std::uint64_t tag, const ReadResult& result) noexcep
     std::optional<Failure> failure = result.ok() ? verify(slot) : describe(slot, result);
     const Lock lock(mutex_);
     counters_.read_errors += result.retried + (failure ? 1 : 0);
-    if (result.ok()) {
-      counters_.bytes_read += table_.records()[residency_.expert_in(slot)].length;
-      // Perhaps only the transfer was bad.
-      if (failure && !closed_ && !std::exchange(reads_[slot]->repeated, true)) {
-        submit(slot);
-        return;
-      }
+    if (result.ok()) counters_.bytes_read += table_.records()[residency_.expert_in(slot)].length;
+    // Perhaps only the transfer was bad, or the drive was while another request ran.
+    const bool may_pass = result.ok() || reads_[slot]->is_of_before;
+    if (failure && may_pass && !closed_ && !std::exchange(reads_[slot]->repeated, true)) {
+      submit(slot);
+      return;
     }
     finish_read(slot, std::move(failure));
     start_wanted();

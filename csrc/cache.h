@@ -73,7 +73,8 @@ class ExpertCache final : private ReadSink {
   // how many of the pass's `num_tokens` chose each; empty: one each.
   void prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts,
                 std::span<const std::uint32_t> tokens = {}, std::uint64_t num_tokens = 1);
-  // A request begins, which will have this part of the tokens to come: 1 where it runs alone.
+  // A request begins, which will have this part of the tokens to come: 1 where it runs alone. What
+  // could not be read for those before it is tried again.
   void begin_request(double share);
 
   // What may be wanted after that. It is read while the drive would be idle: when nothing of the
@@ -136,6 +137,7 @@ class ExpertCache final : private ReadSink {
     unsigned num_waiters = 0;
     bool done = false;
     bool repeated = false;
+    bool is_of_before = false;  // begun for an earlier request
   };
 
   void read_done(std::uint64_t tag, const ReadResult& result) noexcept override;

@@ -68,7 +68,7 @@ def held():
     gc.collect()
     status = Path("/proc/self/status").read_text().splitlines()
     (threads,) = [int(line.split()[1]) for line in status if line.startswith("Threads:")]
-    return rss_bytes(), threads, len(os.listdir("/proc/self/fd"))
+    return rss_bytes(), threads, len(list(Path("/proc/self/fd").iterdir()))
 
 
 def growth(requests, count):

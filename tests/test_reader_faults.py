@@ -296,6 +296,38 @@ def test_a_failed_read_reaches_everybody_who_waits_for_it(shards, reader):
     cache.close()
 
 
+@pytest.mark.parametrize("reader", ["io_uring", "pread"])
+def test_what_failed_for_one_request_is_read_again_for_the_next(shards, reader):
+    cache = shards.open(reader=reader, slots=3)
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    with replaced(shards.record(0, 2)[0], memory):
+        cache.prefetch(0, [2])
+        while cache.counters()["read_errors"] < 2:
+            pass
+    os.close(memory)
+    cache.begin_request()
+    shards.check_expert(cache, 0, 2)  # nobody has asked for it in vain
+    cache.close()
+
+
+@pytest.mark.parametrize("reader", ["io_uring"])
+def test_a_read_that_began_for_one_request_and_fails_in_the_next_is_tried_again(shards, reader):
+    cache = shards.open(reader=reader, slots=2)
+    source, sink = os.pipe()
+    with replaced(shards.record(1, 0)[0], source):
+        cache.prefetch(1, [0])
+        threading.Event().wait(0.2)  # the drive has it
+    cache.begin_request()
+    cache.prefetch(1, [0])
+    thread, results = waiting(lambda: shards.check(cache, 1, 0, 0))
+    threading.Event().wait(0.2)
+    os.close(sink)  # the end of the file
+    thread.join(30)
+    assert results == [None]
+    os.close(source)
+    cache.close()
+
+
 @pytest.mark.parametrize("reader", ["io_uring"])
 def test_close_wakes_those_who_wait(shards, reader):
     cache = shards.open(reader=reader, slots=2)

@@ -334,6 +334,7 @@ void ExpertCache::finish_read(std::uint32_t slot, std::optional<Failure> failure
   if (failure) {
     if (read->num_waiters == 0) failed_.insert_or_assign(residency_.expert_in(slot), *failure);
     residency_.vacate(slot);
+    if (slot >= num_usable_) give_back(slot);  // lowered while it was being read
     read->failure = std::move(failure);
   } else {
     residency_.set_resident(slot);

@@ -1,6 +1,7 @@
 #include "arena.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <new>
@@ -35,6 +36,14 @@ Arena::Arena(std::size_t bytes) {
   // Advice: a kernel without huge pages refuses it, and everything works all the same.
   (void)madvise(bytes_.data(), bytes, MADV_HUGEPAGE);
   (void)madvise(bytes_.data(), bytes, MADV_DONTFORK);
+}
+
+void Arena::give_back(std::size_t offset, std::size_t length) noexcept {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t begin = (offset + page - 1) / page * page;
+  const std::size_t end = (offset + length) / page * page;
+  // Refused where the process locks its memory (mlockall): then it was not to be given back.
+  if (begin < end) (void)madvise(bytes_.data() + begin, end - begin, MADV_DONTNEED);
 }
 
 Arena::Arena(Arena&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}

@@ -30,6 +30,9 @@ class Arena {
   [[nodiscard]] std::span<std::byte> at(std::size_t offset, std::size_t length) const {
     return bytes_.subspan(offset, length);
   }
+  // The system takes the memory of a part back; it reads as zeros, and costs memory again from its
+  // next use on. Not for memory that a ring has registered: that would stay, and be another's.
+  void give_back(std::size_t offset, std::size_t length) noexcept;
 
  private:
   void release() noexcept;

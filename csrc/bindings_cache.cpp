@@ -129,6 +129,13 @@ void bind_cache(nb::module_& m) {
             self->look_ahead(layer, experts);
           },
           "layer"_a, "experts"_a)
+      .def(
+          "limit",
+          [](const CacheHandle& self, std::uint64_t most) {
+            nb::gil_scoped_release release;
+            return self->limit(most);
+          },
+          "most"_a)
       .def("decode", &decode_into, "layer"_a, "expert"_a, "matrix"_a, "out"_a.noconvert())
       .def("counters", &counters_of)
       .def("close", [](const CacheHandle& self) {

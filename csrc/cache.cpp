@@ -17,35 +17,10 @@ namespace {
 // What is neither slots nor tables: the ring, the stacks of the reader's threads as far as they are
 // used, requests under way, messages of errors.
 constexpr std::uint64_t kOverheadBytes = std::uint64_t{1} << 20;
-constexpr std::uint64_t kLeastSlots = 2;
 
 std::uint64_t slot_stride(const ExpertTable& table) {
   return table.largest_record_bytes();  // records are multiples of kReadAlignment; decoding reads
                                         // no further
-}
-
-// All that a cache of so many slots allocates.
-std::uint64_t needed_bytes(const ExpertTable& table, std::uint64_t num_slots) {
-  const std::uint64_t num_records = table.records().size();
-  constexpr std::uint64_t kPerWanted = sizeof(std::uint32_t);
-  constexpr std::uint64_t kPerSlot = 128;  // its share of reads_, and the read under way
-  return kOverheadBytes + table.bytes() + table.decode_scratch() + num_records * kPerWanted +
-         Residency::bytes(num_records, table.num_layers(), num_slots) +
-         num_slots * (kPerSlot + slot_stride(table));
-}
-
-std::uint32_t slots_within(const ExpertTable& table, std::uint64_t capacity_bytes) {
-  const std::uint64_t floor = needed_bytes(table, kLeastSlots);
-  if (capacity_bytes < floor) {
-    throw BudgetError("the expert cache needs " + std::to_string(floor) + " bytes, " +
-                          std::to_string(capacity_bytes) + " are given: two slots of " +
-                          std::to_string(slot_stride(table)) + " bytes and its own tables",
-                      floor);
-  }
-  const std::uint64_t base = needed_bytes(table, 0);
-  const std::uint64_t each = needed_bytes(table, 1) - base;
-  const std::uint64_t fitting = (capacity_bytes - base) / each;
-  return static_cast<std::uint32_t>(std::min<std::uint64_t>(fitting, table.records().size()));
 }
 
 std::uint64_t now_ns() {
@@ -78,13 +53,14 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
       isa_(options.isa.empty() ? best_isa() : isa_from_name(options.isa)),
       slot_stride_(slot_stride(table_)),
       num_slots_(slots_within(table_, options.capacity_bytes)),
-      allocated_bytes_(needed_bytes(table_, num_slots_)),
       policy_name_(options.policy.empty() ? kDefaultPolicy : options.policy),
       owner_(getpid()),
       residency_(make_policy(policy_name_, {table_.layers()}),
                  static_cast<std::uint32_t>(table_.records().size()), num_slots_),
       reads_(num_slots_),
-      is_ahead_(num_slots_) {
+      is_ahead_(num_slots_),
+      num_usable_(num_slots_),
+      allocated_bytes_(needed_bytes(table_, num_slots_)) {
   const ReaderChoice choice = reader_choice(options.reader);
   shards_.reserve(paths_.size());
   for (const std::string& path : paths_) shards_.emplace_back(path, choice.buffering);
@@ -97,6 +73,29 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
 }
 
 ExpertCache::~ExpertCache() { close(); }
+
+std::uint64_t ExpertCache::needed_bytes(const ExpertTable& table, std::uint64_t num_slots) {
+  const std::uint64_t num_records = table.records().size();
+  constexpr std::uint64_t kPerWanted = sizeof(std::uint32_t);
+  constexpr std::uint64_t kPerSlot = 128;  // its share of reads_, and the read under way
+  return kOverheadBytes + table.bytes() + table.decode_scratch() + num_records * kPerWanted +
+         Residency::bytes(num_records, table.num_layers(), num_slots) +
+         num_slots * (kPerSlot + slot_stride(table));
+}
+
+std::uint32_t ExpertCache::slots_within(const ExpertTable& table, std::uint64_t capacity_bytes) {
+  const std::uint64_t floor = needed_bytes(table, kLeastSlots);
+  if (capacity_bytes < floor) {
+    throw BudgetError("the expert cache needs " + std::to_string(floor) + " bytes, " +
+                          std::to_string(capacity_bytes) + " are given: two slots of " +
+                          std::to_string(slot_stride(table)) + " bytes and its own tables",
+                      floor);
+  }
+  const std::uint64_t base = needed_bytes(table, 0);
+  const std::uint64_t each = needed_bytes(table, 1) - base;
+  const std::uint64_t fitting = (capacity_bytes - base) / each;
+  return static_cast<std::uint32_t>(std::min<std::uint64_t>(fitting, table.records().size()));
+}
 
 std::uint64_t ExpertCache::floor_bytes(std::span<const std::uint64_t> table) {
   return needed_bytes(ExpertTable(table, {}), kLeastSlots);
@@ -149,6 +148,9 @@ void ExpertCache::begin_request(double share) {
   const Lock lock(mutex_);
   check_usable();
   residency_.begin_request(share);
+  failed_.clear();
+  for (const std::shared_ptr<Read>& read : reads_)
+    if (read) read->is_of_before = true;
 }
 
 Lease ExpertCache::acquire(std::uint64_t layer, std::uint64_t expert) {
@@ -260,6 +262,7 @@ void ExpertCache::count_visit(std::uint32_t expert, std::uint32_t num_tokens) {
 // waits for a slot comes first.
 void ExpertCache::start_wanted() {
   if (closed_) return;
+  clear_beyond_limit();
   while (!wanted_.empty() && num_slot_waiters_ == 0) {
     const std::uint32_t expert = wanted_.front();
     const bool to_read = residency_.is_awaited(expert) && !residency_.slot_of(expert);
@@ -305,13 +308,12 @@ void ExpertCache::read_done(std::uint64_t tag, const ReadResult& result) noexcep
     std::optional<Failure> failure = result.ok() ? verify(slot) : describe(slot, result);
     const Lock lock(mutex_);
     counters_.read_errors += result.retried + (failure ? 1 : 0);
-    if (result.ok()) {
-      counters_.bytes_read += table_.records()[residency_.expert_in(slot)].length;
-      // Perhaps only the transfer was bad.
-      if (failure && !closed_ && !std::exchange(reads_[slot]->repeated, true)) {
-        submit(slot);
-        return;
-      }
+    if (result.ok()) counters_.bytes_read += table_.records()[residency_.expert_in(slot)].length;
+    // Perhaps only the transfer was bad, or the drive was while another request ran.
+    const bool may_pass = result.ok() || reads_[slot]->is_of_before;
+    if (failure && may_pass && !closed_ && !std::exchange(reads_[slot]->repeated, true)) {
+      submit(slot);
+      return;
     }
     finish_read(slot, std::move(failure));
     start_wanted();
@@ -332,6 +334,7 @@ void ExpertCache::finish_read(std::uint32_t slot, std::optional<Failure> failure
   if (failure) {
     if (read->num_waiters == 0) failed_.insert_or_assign(residency_.expert_in(slot), *failure);
     residency_.vacate(slot);
+    if (slot >= num_usable_) give_back(slot);  // lowered while it was being read
     read->failure = std::move(failure);
   } else {
     residency_.set_resident(slot);

@@ -73,7 +73,8 @@ class ExpertCache final : private ReadSink {
   // how many of the pass's `num_tokens` chose each; empty: one each.
   void prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts,
                 std::span<const std::uint32_t> tokens = {}, std::uint64_t num_tokens = 1);
-  // A request begins, which will have this part of the tokens to come: 1 where it runs alone.
+  // A request begins, which will have this part of the tokens to come: 1 where it runs alone. What
+  // could not be read for those before it is tried again.
   void begin_request(double share);
 
   // What may be wanted after that. It is read while the drive would be idle: when nothing of the
@@ -81,7 +82,7 @@ class ExpertCache final : private ReadSink {
   // kept rather than others.
   void look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts);
   // True where there is room for all experts: nothing needs to be looked ahead for.
-  [[nodiscard]] bool holds_all() const { return num_slots_ == table_.records().size(); }
+  [[nodiscard]] bool holds_all() const { return num_usable_ == table_.records().size(); }
 
   // The record, read if need be, held in its slot until the lease ends. A thread that holds leases
   // on all slots must not ask for one more: nobody would ever free one. Throws FetchError or
@@ -108,6 +109,12 @@ class ExpertCache final : private ReadSink {
   // frees threads, files and memory. Any later call throws std::invalid_argument. Idempotent.
   void close();
 
+  // From now on it takes no more bytes than `most`, but at least floor_bytes and at most its
+  // capacity; what it will come to is returned. Experts that have no place any more are dropped,
+  // the least worthy first, and their memory goes back to the system: at once, or as soon as nobody
+  // uses them.
+  std::uint64_t limit(std::uint64_t most);
+
   // True in a child of the process that made it.
   [[nodiscard]] bool is_forked() const;
 
@@ -115,8 +122,9 @@ class ExpertCache final : private ReadSink {
   [[nodiscard]] const std::string& reader_name() const { return reader_name_; }
   [[nodiscard]] Isa isa() const { return isa_; }
   [[nodiscard]] const std::string& policy_name() const { return policy_name_; }
-  [[nodiscard]] std::uint32_t num_slots() const { return num_slots_; }
-  // 0 once closed.
+  // That may be used.
+  [[nodiscard]] std::uint32_t num_slots() const { return num_usable_; }
+  // Within the limit; 0 once closed.
   [[nodiscard]] std::uint64_t allocated_bytes() const;
 
  private:
@@ -129,10 +137,17 @@ class ExpertCache final : private ReadSink {
     unsigned num_waiters = 0;
     bool done = false;
     bool repeated = false;
+    bool is_of_before = false;  // begun for an earlier request
   };
 
   void read_done(std::uint64_t tag, const ReadResult& result) noexcept override;
   void reader_failed(std::exception_ptr cause) noexcept override;
+
+  static constexpr std::uint64_t kLeastSlots = 2;
+  // All that a cache of so many slots allocates.
+  static std::uint64_t needed_bytes(const ExpertTable& table, std::uint64_t num_slots);
+  // Throws BudgetError below two.
+  static std::uint32_t slots_within(const ExpertTable& table, std::uint64_t capacity_bytes);
 
   // All of these with the lock held.
   void check_usable() const;
@@ -142,6 +157,8 @@ class ExpertCache final : private ReadSink {
   void start_wanted();
   void start_ahead();
   void finish_read(std::uint32_t slot, std::optional<Failure> failure);
+  void clear_beyond_limit();
+  void give_back(std::uint32_t slot);
   void wait(Lock& lock);
   std::uint32_t pin_resident(Lock& lock, std::uint32_t expert);
   std::uint32_t wait_for_read(Lock& lock, std::uint32_t slot);
@@ -162,8 +179,7 @@ class ExpertCache final : private ReadSink {
   ExpertTable table_;
   Isa isa_;
   std::uint64_t slot_stride_ = 0;
-  std::uint32_t num_slots_ = 0;
-  std::uint64_t allocated_bytes_ = 0;
+  std::uint32_t num_slots_ = 0;  // that the capacity has room for
   std::string policy_name_;
   std::string reader_name_;
   std::int64_t owner_;  // the process
@@ -178,6 +194,8 @@ class ExpertCache final : private ReadSink {
   std::deque<std::uint32_t> wanted_;                   // of the latest list, not yet started
   std::deque<std::uint32_t> ahead_;                    // of what may come after it
   std::vector<bool> is_ahead_;                         // by slot: read ahead, not visited yet
+  std::atomic<std::uint32_t> num_usable_;              // slots within the limit
+  std::uint64_t allocated_bytes_ = 0;
   std::uint32_t num_reading_ = 0;
   CacheCounters counters_;
   std::uint64_t num_users_ = 0;         // calls and leases under way

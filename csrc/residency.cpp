@@ -17,7 +17,7 @@ Residency::Residency(std::unique_ptr<Policy> policy, std::uint32_t num_experts,
       experts_(num_experts, Expert{.slot = kNoSlot}),
       slots_(num_slots) {
   empty_.reserve(num_slots);
-  for (std::uint32_t slot = num_slots; slot-- > 0;) empty_.push_back(slot);
+  set_limit(num_slots);
   listed_.reserve(num_experts);
   expected_.reserve(num_experts);
 }
@@ -74,10 +74,8 @@ std::optional<std::uint32_t> Residency::take(std::uint32_t expert, Victim victim
     slot = empty_.back();
     empty_.pop_back();
   } else if (const auto goes = find_victim(victim)) {
-    slot = std::exchange(experts_[*goes].slot, kNoSlot);
-    policy_->withdraw(*goes);
-    policy_->evict(*goes);
-    ++num_evictions_;
+    slot = experts_[*goes].slot;
+    evict(*goes);
   } else {
     return std::nullopt;
   }
@@ -85,6 +83,13 @@ std::optional<std::uint32_t> Residency::take(std::uint32_t expert, Victim victim
   experts_[expert].slot = slot;
   policy_->admit(expert);
   return slot;
+}
+
+void Residency::evict(std::uint32_t expert) {
+  experts_[expert].slot = kNoSlot;
+  policy_->withdraw(expert);
+  policy_->evict(expert);
+  ++num_evictions_;
 }
 
 std::optional<std::uint32_t> Residency::find_victim(Victim victim) const {
@@ -104,7 +109,7 @@ std::optional<std::uint32_t> Residency::last_to_go(std::span<const std::uint32_t
 // Whether it is in a slot that nobody is using.
 bool Residency::may_go(std::uint32_t expert) const {
   const std::uint32_t slot = experts_[expert].slot;
-  return slot != kNoSlot && slots_[slot].state == SlotState::resident && slots_[slot].num_pins == 0;
+  return slot != kNoSlot && may_go(slots_[slot]);
 }
 
 void Residency::tell_policy(std::uint32_t expert) {
@@ -124,7 +129,41 @@ void Residency::vacate(std::uint32_t slot) {
   experts_[expert].slot = kNoSlot;
   policy_->withdraw(expert);
   slots_[slot] = {};
-  empty_.push_back(slot);
+  if (slot < limit_)
+    empty_.push_back(slot);
+  else
+    --num_beyond_;
+}
+
+void Residency::set_limit(std::uint32_t num_slots) {
+  limit_ = num_slots;
+  num_beyond_ = 0;
+  empty_.clear();
+  for (auto slot = static_cast<std::uint32_t>(slots_.size()); slot-- > 0;) {
+    const bool is_empty = slots_[slot].state == SlotState::empty;
+    if (is_empty && slot < limit_) empty_.push_back(slot);
+    if (!is_empty && slot >= limit_) ++num_beyond_;
+  }
+}
+
+std::optional<Residency::Departure> Residency::depart() {
+  if (num_beyond_ == 0) return std::nullopt;
+  std::uint32_t from = limit_;
+  while (from < slots_.size() && !may_go(slots_[from])) ++from;
+  if (from == slots_.size()) return std::nullopt;
+  if (empty_.empty()) {
+    const std::uint32_t goes = policy_->victim().value_or(slots_[from].expert);
+    const std::uint32_t freed = experts_[goes].slot;
+    evict(goes);
+    vacate(freed);
+    if (freed >= limit_) return Departure{.from = freed, .to = std::nullopt};
+  }
+  const std::uint32_t to = empty_.back();
+  empty_.pop_back();
+  slots_[to] = std::exchange(slots_[from], {});
+  experts_[slots_[to].expert].slot = to;
+  --num_beyond_;
+  return Departure{.from = from, .to = to};
 }
 
 void Residency::pin(std::uint32_t slot) {

@@ -58,6 +58,15 @@ class Residency {
   void set_resident(std::uint32_t slot);
   // Empties the slot; its pins are void.
   void vacate(std::uint32_t slot);
+  // From now on only the first so many slots may be taken. Experts in others are to leave.
+  void set_limit(std::uint32_t num_slots);
+  struct Departure {
+    std::uint32_t from = 0;           // a slot beyond the limit, empty now
+    std::optional<std::uint32_t> to;  // where its record is to be copied to, if it is kept
+  };
+  // One of those, if one is neither pinned nor being read. Of all that may go, the least worthy
+  // does, and one beyond the limit comes to its place.
+  std::optional<Departure> depart();
   void pin(std::uint32_t slot);
   void unpin(std::uint32_t slot);
 
@@ -80,19 +89,25 @@ class Residency {
   };
 
   void tell_policy(std::uint32_t expert);
+  void evict(std::uint32_t expert);
   [[nodiscard]] std::optional<std::uint32_t> find_victim(Victim victim) const;
   [[nodiscard]] std::optional<std::uint32_t> last_to_go(
       std::span<const std::uint32_t> experts) const;
   [[nodiscard]] bool may_go(std::uint32_t expert) const;
+  [[nodiscard]] static bool may_go(const Slot& slot) {
+    return slot.state == SlotState::resident && slot.num_pins == 0;
+  }
 
   std::unique_ptr<Policy> policy_;
   std::vector<Expert> experts_;
   std::vector<Slot> slots_;
-  std::vector<std::uint32_t> empty_;     // slots
+  std::vector<std::uint32_t> empty_;     // slots that may be taken
   std::vector<std::uint32_t> listed_;    // experts of the latest list
   std::vector<std::uint32_t> expected_;  // experts of the next one, perhaps
   std::uint32_t list_number_ = 0;
   std::uint64_t num_evictions_ = 0;
+  std::uint32_t limit_;
+  std::uint32_t num_beyond_ = 0;  // slots that are not empty, though beyond the limit
 };
 
 }  // namespace zipmoe

@@ -126,6 +126,47 @@ def test_pread_survives_every_fault_of_a_drive(shim, tmp_path, reader):
     assert run_script(PREAD_FAULTS, tmp_path, reader, preload=shim) == "done\n"
 
 
+RANDOM_FAULTS = """
+import ctypes
+from pathlib import Path
+import numpy as np
+from synthetic_shards import make_shards
+from zipmoe import _core
+
+shim = ctypes.CDLL(None)
+ERROR, SHORT, SLOW = 1, 2, 3
+shards = make_shards(Path(sys.argv[1]), layers=2, experts=6)
+policies = [name for name in _core.policies() if name not in ("static", "belady")]
+reads = faults = 0
+for seed, policy in enumerate(policies):
+    for slots in (2, 5):
+        cache = shards.open(slots=slots, reader=sys.argv[2], policy=policy, request_bytes=4096,
+                            depth=4)
+        rng = np.random.default_rng(seed)
+        shim.plan_random(seed + 1, 10)
+        for _ in range(40):
+            layer, experts = int(rng.integers(2)), rng.permutation(6)[:3].tolist()
+            cache.prefetch(layer, experts)
+            cache.look_ahead(1 - layer, experts)
+            for expert in experts:
+                shards.check_expert(cache, layer, expert)
+        shim.plan_fault(0, 0, 0)
+        counters = cache.counters()
+        cache.close()
+        assert counters["read_errors"] <= shim.faults_of(ERROR)  # what is read ahead goes on
+        reads += counters["bytes_read"] // 4096
+        faults += sum(map(shim.faults_of, (ERROR, SHORT, SLOW)))
+print(reads, faults)
+"""
+
+
+@pytest.mark.parametrize("reader", ["pread", "pread+buffered"])
+def test_weights_are_right_when_one_read_in_a_hundred_goes_wrong(shim, tmp_path, reader):
+    reads, faults = map(int, run_script(RANDOM_FAULTS, tmp_path, reader, preload=shim).split())
+    assert reads > 5000
+    assert 0.01 * reads < faults < 0.1 * reads
+
+
 @contextlib.contextmanager
 def replaced(path, other):
     """While inside, the descriptor that the cache holds of `path` is that of `other`."""
@@ -252,6 +293,38 @@ def test_a_failed_read_reaches_everybody_who_waits_for_it(shards, reader):
     assert [type(results[0]) for _, results in waiters] == [CorruptError] * 4
     os.close(source)
     shards.check_expert(cache, 1, 0)
+    cache.close()
+
+
+@pytest.mark.parametrize("reader", ["io_uring", "pread"])
+def test_what_failed_for_one_request_is_read_again_for_the_next(shards, reader):
+    cache = shards.open(reader=reader, slots=3)
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    with replaced(shards.record(0, 2)[0], memory):
+        cache.prefetch(0, [2])
+        while cache.counters()["read_errors"] < 2:
+            pass
+    os.close(memory)
+    cache.begin_request()
+    shards.check_expert(cache, 0, 2)  # nobody has asked for it in vain
+    cache.close()
+
+
+@pytest.mark.parametrize("reader", ["io_uring"])
+def test_a_read_that_began_for_one_request_and_fails_in_the_next_is_tried_again(shards, reader):
+    cache = shards.open(reader=reader, slots=2)
+    source, sink = os.pipe()
+    with replaced(shards.record(1, 0)[0], source):
+        cache.prefetch(1, [0])
+        threading.Event().wait(0.2)  # the drive has it
+    cache.begin_request()
+    cache.prefetch(1, [0])
+    thread, results = waiting(lambda: shards.check(cache, 1, 0, 0))
+    threading.Event().wait(0.2)
+    os.close(sink)  # the end of the file
+    thread.join(30)
+    assert results == [None]
+    os.close(source)
     cache.close()
 
 

@@ -35,6 +35,8 @@ RUNTIME = {
     "_native_block",
     "_expert_source",
     "footprint",
+    "pressure",
+    "_cgroups",
     "_quantizer",
     "_rehearsal",
     "_renaming",

@@ -123,9 +123,10 @@ class ExpertCache:
     def policy(self) -> str: ...
     @property
     def slots(self) -> int:
-        """How many experts it can hold."""
+        """How many experts it can hold now."""
     @property
-    def allocated_bytes(self) -> int: ...
+    def allocated_bytes(self) -> int:
+        """What it may come to now; 0 once closed."""
     @staticmethod
     def floor_bytes(matrices: NDArray[np.uint64]) -> int:
         """Least capacity_bytes that works for these matrices."""
@@ -150,6 +151,13 @@ class ExpertCache:
         """
     def look_ahead(self, layer: int, experts: Sequence[int]) -> None:
         """Read these while the drive would be idle; forgotten at the next `prefetch`."""
+    def limit(self, most: int) -> int:
+        """Take no more than `most` bytes from now on; returns what it will come to.
+
+        At least `floor_bytes` and at most capacity_bytes. Experts that have no place any more are
+        dropped, the least worthy first, and their memory goes back to the system: at once, or as
+        soon as nobody uses them. No result depends on it.
+        """
     def decode(self, layer: int, expert: int, matrix: int, out: NDArray[Any]) -> None:
         """Decode one matrix into `out` [rows, columns] of its element size (rows may be strided).
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["peak_rss_bytes", "rss_bytes"]
+__all__ = ["peak_rss_bytes", "rss_bytes", "unreclaimable_bytes"]
 
 
 def rss_bytes() -> int:
     """Memory of this process now (VmRSS)."""
     return _status_bytes("VmRSS")
+
+
+def unreclaimable_bytes() -> int:
+    """Memory of this process now that is no page of a file: without swap it cannot be taken."""
+    return _status_bytes("RssAnon") + _status_bytes("RssShmem")
 
 
 def peak_rss_bytes() -> int:

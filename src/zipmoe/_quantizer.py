@@ -28,6 +28,7 @@ from zipmoe.experts import IMPLEMENTATION, experts_forward
 from zipmoe.gated import replace_gated
 from zipmoe.layers import replace_blocks
 from zipmoe.norm import replace_norms
+from zipmoe.pressure import Watch
 from zipmoe.recording import announce_request, pass_shape
 from zipmoe.store import open_store
 
@@ -109,6 +110,7 @@ class Runtime:
         self.identity = store.manifest.identity
         self.blocks: list[NativeBlock] = []  # what runs in one call each
         self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
+        self.watch: Watch | None = None
         self.compute = "torch" if self.source.engine is None else "native"
 
     def admit(self, tokens: int, sequences: int = 1) -> None:
@@ -134,7 +136,7 @@ class Runtime:
         """Say what is at work: compute, codec, instruction set, reader.
 
         in_parts: attention and MoE blocks that run natively, but not in one call each. fell_back:
-        what was left to torch.
+        what was left to torch. watches, gave_back: what may take memory from the cache, and did.
         """
         cache, engine = self.cache, self.source.engine
         return {
@@ -144,6 +146,8 @@ class Runtime:
             "reader": cache.reader,
             "in_parts": ", ".join(self.in_parts) or "nothing",
             "fell_back": ", ".join(self._fell_back()) or "nothing",
+            "watches": self.watch.watches if self.watch else "nothing",
+            "gave_back": self.watch.gave_back() if self.watch else "nothing",
         }
 
     def _fell_back(self) -> list[str]:
@@ -162,6 +166,8 @@ class Runtime:
 
     def close(self) -> None:
         """Free the cache's threads, files and memory. Idempotent; the model cannot run then."""
+        if self.watch is not None:
+            self.watch.close()
         for block in self.blocks:
             block.close()
         self.source.cache.close()
@@ -246,6 +252,8 @@ class ZipmoeQuantizer(HfQuantizer):
             policy=self.options.policy,
             **self._reading(),
         )
+        floor = _core.ExpertCache.floor_bytes(self._skeleton.table)
+        runtime.watch = Watch(runtime.source.cache, runtime.report, floor).start()
         model.zipmoe = runtime
         model.register_forward_pre_hook(_admit, with_kwargs=True)
         model.register_forward_pre_hook(announce_request, with_kwargs=True)

@@ -105,8 +105,9 @@ def measured(result: GenerateResult) -> str:
     peak, promised = format_bytes(result.peak_rss_bytes), format_bytes(result.memory_bytes)
     engaged = dict(result.engaged)
     del engaged["in_parts"]  # for --json: it says how, not what
-    left = engaged.pop("fell_back")
-    left = f"; left to torch: {left}" if left != "nothing" else ""
+    del engaged["watches"]
+    said = {"left to torch": engaged.pop("fell_back"), "gave back": engaged.pop("gave_back")}
+    left = "".join(f"; {what}: {that}" for what, that in said.items() if that != "nothing")
     return (
         f"{len(result.token_ids)} tokens: the first after {result.ttft_s:.2f} s{pace}; "
         f"{share} were in memory, {format_bytes(cache['bytes_read'])} read\n"

@@ -13,6 +13,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from zipmoe._cgroups import memory_groups
 from zipmoe._errors import BudgetError
 from zipmoe._process import peak_rss_bytes, rss_bytes
 
@@ -106,49 +107,14 @@ def available_memory(root: Path = Path("/")) -> Available:
     own = rss_bytes()
     meminfo = dict(re.findall(r"(\w+):\s+(\d+) kB", (root / "proc/meminfo").read_text()))
     machine = int(meminfo["MemAvailable"]) * 1024 + own
-    groups = [limit - used + own for limit, used in _cgroup_limits(root)]
+    groups = [
+        group.limit - group.usage + min(group.usage, group.inactive_file) + own
+        for group in memory_groups(root)
+        if group.limit is not None
+    ]
     if groups and min(groups) < machine:
         return Available(max(min(groups), 0), "cgroup")
     return Available(machine, "machine")
-
-
-def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
-    """List (limit, use that cannot be reclaimed) of each limited memory cgroup of this process."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # A container often sees its own group as the root, whatever the path says.
-        steps = [part for part in path.split("/") if part and part != ".."]
-        for depth in range(len(steps) + 1):
-            entry = _read_group(base.joinpath(*steps[:depth]), names)
-            if entry:
-                found.append(entry)
-    return found
-
-
-def _read_group(folder: Path, names: tuple[str, str, str]) -> tuple[int, int] | None:
-    try:
-        limit = (folder / names[0]).read_text().strip()
-        used = int((folder / names[1]).read_text())
-        stat = dict(
-            re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-        )
-    except (OSError, ValueError):
-        return None
-    if limit == "max" or int(limit) >= 1 << 60:
-        return None
-    return int(limit), used - min(used, int(stat.get(names[2], 0)))
 
 
 @dataclass(frozen=True)

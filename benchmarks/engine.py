@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,9 +91,17 @@ class Engine(ABC):
     def logits(self) -> np.ndarray:
         """Give the logits of the last pass."""
 
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Say what this is and what engaged."""
+
     def misses(self) -> int:
         """Count experts that were not in memory so far."""
         return 0
+
+    def counters(self) -> dict[str, int]:
+        """Give what the engine itself has counted so far."""
+        return {}
 
     def prefill(self, ids: list[int]) -> Timed:
         """Time one pass over a prompt."""

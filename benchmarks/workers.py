@@ -49,6 +49,10 @@ def _serve(connection: Connection, factory: str, arguments: dict[str, Any]) -> N
         connection.send((False, traceback.format_exc()))
 
 
+class WorkerEnded(SystemExit):
+    """A worker failed, or was killed."""
+
+
 class Worker:
     """An engine made by `factory` ("module:callable") in a new process with this environment."""
 
@@ -75,9 +79,9 @@ class Worker:
             good, result = self.connection.recv()
         except EOFError:
             self.process.join()
-            raise SystemExit(f"{self.name} ended with {self.process.exitcode}") from None
+            raise WorkerEnded(f"{self.name} ended with {self.process.exitcode}") from None
         if not good:
-            raise SystemExit(f"{self.name} failed:\n{result}")
+            raise WorkerEnded(f"{self.name} failed:\n{result}")
         return result
 
     def close(self) -> None:

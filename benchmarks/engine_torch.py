@@ -113,7 +113,7 @@ class ZipmoeEngine(ModelEngine):
         context: int,
         threads: int,
         compute: str = "native",
-        policy: str = "",
+        **options: Any,
     ) -> None:
         import zipmoe  # noqa: PLC0415  (stock transformers runs without it)
         from zipmoe import _core  # noqa: PLC0415
@@ -121,9 +121,7 @@ class ZipmoeEngine(ModelEngine):
 
         torch.set_num_threads(threads)  # before: what `load` makes of it is the product's choice
         _core.set_num_threads(threads)
-        self.loaded = zipmoe.load(
-            store, memory=memory, compute=compute, context=context, policy=policy
-        )
+        self.loaded = zipmoe.load(store, memory=memory, compute=compute, context=context, **options)
         with open_store(Path(store)) as opened:
             table = opened.expert_table()[1]
         first = (table[:, 0] == 0) & (table[:, 1] == 0)

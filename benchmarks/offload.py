@@ -7,11 +7,11 @@ charged to its cgroup; the drive's read-ahead is 128 KiB. Engines are fed the sa
 topic, whatever they would have answered: a prompt of 64 tokens, 24 more that do not count and 32
 that are timed; or a prompt of 512. In every round (its tokens are new) engines take turns, the
 first of them alternates; ratios are taken within a round. accelerate, which keeps no state from
-token to token, decodes 2 and 4. A run is repeated, twice at most, while others took more than a
-tenth of a core from it.
+token to token, decodes 2 and 4. A run is repeated while others took more than a tenth of a core
+from it.
 
-    python benchmarks/offload.py [--rounds 3] [--resume] [--counts FILE] [--cache FOLDER]
-        [--out benchmarks/results/offload.json]
+    python benchmarks/offload.py [--rounds 3] [--arms zipmoe,llama.cpp] [--attempts 3] [--resume]
+        [--counts FILE] [--cache FOLDER] [--out benchmarks/results/offload.json]
 
 Needs root, 40 GB of disk (48 while accelerate runs), 12 GB of memory, and half an hour of an idle
 machine for 3 rounds once the models are there; --out is written after every run, and --resume goes
@@ -52,7 +52,6 @@ SHARES = (0.30, 0.50, 0.60, 0.75)
 FEW_SHARES = (0.30, 0.50, 0.75)
 SHORT, LONG, SKIPPED, DECODED = 64, 512, 24, 32
 CONTEXT = 1024
-ATTEMPTS = 3
 FETCHED_LAYERS = 4
 RATE_S, RATE_ROUNDS, RECORD_BYTES, DRAM_BYTES = 0.2, 3, 8 << 20, 1 << 29
 # Of a limit, what accelerate cannot have for weights: Python and torch, and a layer of experts
@@ -198,12 +197,16 @@ class Bench:
     def run(self) -> dict[str, Any]:
         scratch = Path(tempfile.mkdtemp(dir=self.files.folder))
         try:
+            listed = list(kinds(self.files, scratch))
             with ordinary_read_ahead(self.files.folder):
                 for number in range(self.options.rounds):
-                    self.round(number, list(kinds(self.files, scratch)))
+                    self.round(number, [kind for kind in listed if self.is_wanted(kind)])
         finally:
             shutil.rmtree(scratch)
         return self.document()
+
+    def is_wanted(self, kind: Kind) -> bool:
+        return not self.options.arms or kind.name in self.options.arms.split(",")
 
     def round(self, number: int, listed: list[Kind]) -> None:
         done = [run["key"] for run in self.runs]
@@ -265,7 +268,7 @@ class Bench:
     def quietest(self, task: Task) -> dict[str, Any]:
         """Run it until nobody disturbs it, or take the attempt that was disturbed least."""
         found = []
-        for _ in range(ATTEMPTS):
+        for _ in range(self.options.attempts):
             found.append(self.once(task))
             if found[-1]["foreign_share"] <= MOST_FOREIGN or "failed" in found[-1]:
                 break
@@ -349,6 +352,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", help="of those, by commas; all that are installed without it")
+    parser.add_argument("--attempts", type=int, default=3, help="most of a disturbed run")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that --out has")
     parser.add_argument("--counts", type=Path)
     parser.add_argument("--cache", type=Path, default=cache_folder())

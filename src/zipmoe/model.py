@@ -90,6 +90,7 @@ def load(
     compute: str = "native",
     context: int | None = None,
     policy: str = "",
+    lookahead: bool = True,
 ) -> Loaded:
     """Load a packed model.
 
@@ -105,6 +106,8 @@ def load(
         None: 4096, or the model's maximum if that is less.
     policy : which expert goes when memory for one is needed: "request" (the default), or "lru",
         "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
+    lookahead : whether experts that the next layer will probably want are read while the drive
+        would be idle. No result depends on it.
 
     Returns
     -------
@@ -125,6 +128,7 @@ def load(
         context=context,
         compute=compute,
         policy=policy,
+        lookahead=lookahead,
     )
     folder = Path(store)
     open_store(folder).close()  # transformers reads nothing that has not been verified

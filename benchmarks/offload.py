@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import mmap
 import random
 import shutil
 import signal
@@ -31,7 +32,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +51,17 @@ if TYPE_CHECKING:
 SHARES = (0.30, 0.50, 0.60, 0.75)
 FEW_SHARES = (0.30, 0.50, 0.75)
 SHORT, LONG, SKIPPED, DECODED = 64, 512, 24, 32
+LONGEST_ANSWER = 512
 CONTEXT = 1024
-FETCHED_LAYERS = 4
 RATE_S, RATE_ROUNDS, RECORD_BYTES, DRAM_BYTES = 0.2, 3, 8 << 20, 1 << 29
+FRESH_BYTES = 1 << 30
 # Of a limit, what accelerate cannot have for weights: Python and torch, and a layer of experts
 # (1 GB) twice, while it is being read.
 ACCELERATE_TAKES = 2_600_000_000
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # as zipmoe's commands set it
+
+
+Shares = tuple[float | None, ...]  # of the checkpoint's size; None: no limit
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class Kind:
     name: str
     factory: str
     arguments: Callable[[int | None], dict[str, Any]]  # from the limit in bytes
-    shares: tuple[float | None, ...]  # with the short prompt and decoding; None: no limit
-    long_shares: tuple[float | None, ...] = ()
+    shares: Shares  # with the short prompt and decoding
+    long_shares: Shares = ()
     skipped: int = SKIPPED
     decoded: int = DECODED
 
@@ -102,13 +106,18 @@ class Tokens:
                 rng.randrange(shape.vocabulary // shape.topics) * shape.topics + topic
                 for _ in range(count)
             ]
-            for count in (LONG, SHORT, SKIPPED + DECODED)
+            for count in (LONG, SHORT, LONGEST_ANSWER)
         )
 
 
-def zipmoe_kind(name: str, store: Path, shares: Any, long_shares: Any = ()) -> Kind:
+def zipmoe_kind(
+    name: str, store: Path, shares: Shares, long_shares: Shares = (), **options: Any
+) -> Kind:
+    """Give zipmoe on this store, with options of `zipmoe.load`."""
+
     def arguments(limit: int | None) -> dict[str, Any]:
-        return {"store": str(store), "memory": limit, "context": CONTEXT, "threads": 2}
+        given = {"store": str(store), "memory": limit, "context": CONTEXT, "threads": 2}
+        return given | options
 
     return Kind(name, "engine_torch:ZipmoeEngine", arguments, shares, long_shares)
 
@@ -209,18 +218,22 @@ class Bench:
         return not self.options.arms or kind.name in self.options.arms.split(",")
 
     def round(self, number: int, listed: list[Kind]) -> None:
-        done = [run["key"] for run in self.runs]
         if number == len(self.rounds):
             self.rounds.append(self.conditions(number))
         for task in tasks(listed, number):
-            if task.key not in done:
-                self.runs.append(self.quietest(task))
-                print(line(self.runs[-1]), file=sys.stderr, flush=True)
-                self.keep()
+            self.perform(task)
+
+    def perform(self, task: Task) -> None:
+        """Run it unless it has been, and keep what it gave."""
+        if task.key not in [run["key"] for run in self.runs]:
+            self.runs.append(self.quietest(task))
+            print(line(self.runs[-1]), file=sys.stderr, flush=True)
+            self.keep()
 
     def conditions(self, number: int) -> dict[str, Any]:
         """Measure the machine, record this round's routing, and fetch records alone."""
         measured = hardware.profile(self.files.store, refresh=True)
+        fresh = FRESH_BYTES / fresh_memory_s()
         tokens = Tokens(number, self.shape)
         trace = self.files.folder / f"round-{number}.npz"
         kind = zipmoe_kind("zipmoe", self.files.store, ())
@@ -228,10 +241,11 @@ class Bench:
         with Worker(
             "fetch", "offload_arm:Arm", PASSIVE, **self.arguments(kind, None, "")
         ) as worker:
-            fetch = self.rates() | worker.call("call", "fetch", FETCHED_LAYERS)
+            fetch = self.rates() | worker.call("call", "fetch")
             worker.call("call", "record", tokens.short, tokens.answer, str(trace))
         return {
             "profile": asdict(measured),
+            "fresh_memory_bytes_s": fresh,
             "fetch": fetch,
             "first_tokens": self.routing["tokens_of_a_prompt"],
             "trace": str(trace),
@@ -335,6 +349,16 @@ class Bench:
             self.options.out.write_text(json.dumps(self.document(), indent=1) + "\n")
 
 
+def fresh_memory_s() -> float:
+    """Time the first touch of memory: a virtual machine may have to get it from its host again."""
+    with mmap.mmap(-1, FRESH_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        begin = time.perf_counter()
+        for page in range(0, FRESH_BYTES, mmap.PAGESIZE):
+            memory[page] = 1
+        return time.perf_counter() - begin
+
+
 def line(run: dict[str, Any]) -> str:
     where = "no limit" if run["share"] is None else f"{run['share']:.0%}"
     said = f"round {run['round'] + 1}, {where}, {run['arm']}: "
@@ -347,19 +371,28 @@ def line(run: dict[str, Any]) -> str:
     return said + f", foreign {run['foreign_share']:.0%}"
 
 
+def stop(*_: object) -> None:
+    """End so that the drive gets its read-ahead back."""
+    raise SystemExit("stopped; --resume goes on")
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--attempts", type=int, default=3, help="most of a disturbed run")
+    parser.add_argument("--resume", action="store_true", help="go on with the runs that --out has")
+    parser.add_argument("--counts", type=Path, help="recorded counts, to take routing from")
+    parser.add_argument("--cache", type=Path, default=cache_folder())
+    parser.add_argument("--out", type=Path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    add_shared_options(parser)
     parser.add_argument("--arms", help="of those, by commas; all that are installed without it")
-    parser.add_argument("--attempts", type=int, default=3, help="most of a disturbed run")
-    parser.add_argument("--resume", action="store_true", help="go on with the runs that --out has")
-    parser.add_argument("--counts", type=Path)
-    parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, partial(sys.exit))  # so that the drive gets its read-ahead back
+    signal.signal(signal.SIGTERM, stop)
     bench = Bench(options)
     making = {"shape": bench.shape, "cache": options.cache, "counts": options.counts}
     in_child("offload:prepare", **making)

@@ -85,14 +85,16 @@ class Worker:
         return result
 
     def close(self) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
             self.connection.send(None)
         self.process.join()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            self.process.kill()  # it may be in the middle of something
         self.close()
 
 

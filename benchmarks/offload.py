@@ -4,13 +4,13 @@ A model of the shape of Qwen1.5-MoE-A2.7B with 8 of its layers, random weights a
 trained models (`imposed_routing`) runs in a memory cgroup of 30, 50, 60 and 75 % of the
 checkpoint's size. Every run is a process of its own that starts with a cold page cache, which is
 charged to its cgroup; the drive's read-ahead is 128 KiB. Engines are fed the same tokens of one
-topic, whatever they would have answered: a prompt of 64 tokens, 24 more that do not count and 32
+topic, whatever they would have answered: a prompt of 64 tokens, 16 more that do not count and 32
 that are timed; or a prompt of 512. In every round (its tokens are new) engines take turns, the
 first of them alternates; ratios are taken within a round. accelerate, which keeps no state from
 token to token, decodes 2 and 4. A run is repeated while others took more than a tenth of a core
 from it.
 
-    python benchmarks/offload.py [--rounds 3] [--arms zipmoe,llama.cpp] [--attempts 3] [--resume]
+    python benchmarks/offload.py [--rounds 3] [--arms zipmoe,llama.cpp] [--attempts 2] [--resume]
         [--counts FILE] [--cache FOLDER] [--out benchmarks/results/offload.json]
 
 Needs root, 40 GB of disk (48 while accelerate runs), 12 GB of memory, and half an hour of an idle
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 
 SHARES = (0.30, 0.50, 0.60, 0.75)
 FEW_SHARES = (0.30, 0.50, 0.75)
-SHORT, LONG, SKIPPED, DECODED = 64, 512, 24, 32
+SHORT, LONG, SKIPPED, DECODED = 64, 512, 16, 32
 LONGEST_ANSWER = 512
 CONTEXT = 1024
-RATE_S, RATE_ROUNDS, RECORD_BYTES, DRAM_BYTES = 0.2, 3, 8 << 20, 1 << 29
+RATE_S, RATE_ROUNDS, RECORD_BYTES, DRAM_BYTES = 0.2, 3, 8 << 20, 1 << 30
 FRESH_BYTES = 1 << 30
 # Of a limit, what accelerate cannot have for weights: Python and torch, and a layer of experts
 # (1 GB) twice, while it is being read.
@@ -237,10 +237,9 @@ class Bench:
         tokens = Tokens(number, self.shape)
         trace = self.files.folder / f"round-{number}.npz"
         kind = zipmoe_kind("zipmoe", self.files.store, ())
+        few = int(min(SHARES) * self.total)  # memory for the experts of a layer, not of two
         drop_page_cache()
-        with Worker(
-            "fetch", "offload_arm:Arm", PASSIVE, **self.arguments(kind, None, "")
-        ) as worker:
+        with Worker("fetch", "offload_arm:Arm", PASSIVE, **self.arguments(kind, few, "")) as worker:
             fetch = self.rates() | worker.call("call", "fetch")
             worker.call("call", "record", tokens.short, tokens.answer, str(trace))
         return {
@@ -378,7 +377,7 @@ def stop(*_: object) -> None:
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--attempts", type=int, default=3, help="most of a disturbed run")
+    parser.add_argument("--attempts", type=int, default=2, help="most of a disturbed run")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that --out has")
     parser.add_argument("--counts", type=Path, help="recorded counts, to take routing from")
     parser.add_argument("--cache", type=Path, default=cache_folder())

@@ -5,7 +5,7 @@ cold: at 50 % of the checkpoint's size every replacement policy that a running c
 answer of 512 tokens, and stores of every codec, which are packed for it and removed; at 30 and
 50 % zipmoe as it is, and without lookahead.
 
-    python benchmarks/offload_figures.py [--rounds 3] [--skip-codecs] [--attempts 3]
+    python benchmarks/offload_figures.py [--rounds 3] [--skip-codecs] [--attempts 2]
         [--cache FOLDER] [--out benchmarks/results/offload_figures.json]
 
 Needs what `offload.py` needs; packing takes a few minutes for each codec.

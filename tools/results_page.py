@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+COUNTING = ("zipmoe", "zipmoe raw", "plain LRU")
 OFFLINE = ("static", "belady")
 ARM_HEAD = [
     "engine",
@@ -35,7 +36,7 @@ def tables(name: str) -> str:
     """Return what a benchmark's document says, or that there is none."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     if not path.exists():
-        return f"Not measured yet: run `make bench-{name}`.\n"
+        return f"Not measured yet: run `make bench-{name.replace('_', '-')}`.\n"
     result = json.loads(path.read_text(encoding="utf-8"))
     return "\n\n".join(part.strip() for part in SECTIONS[name](result)) + "\n"
 
@@ -51,7 +52,8 @@ def offload(result: dict[str, Any]) -> Iterator[str]:
     yield where(result)
     yield routed(result["routing"])
     yield "Medians over rounds (least to most)."
-    yield table(ARM_HEAD, [arm_row(arm) for arm in result["summary"]["arms"]])
+    arms = result["summary"]["arms"]
+    yield table(ARM_HEAD, [arm_row(arm, counts=arm["arm"] in COUNTING) for arm in arms])
     yield "What was asked of it, and whether it held:"
     rows = [asked_row(row) for row in result["summary"]["asked"]]
     yield table(["", "asked", "measured", "held"], rows)
@@ -77,7 +79,7 @@ def where(result: dict[str, Any]) -> str:
         f"{machine['memory_bytes'] / 1e9:.0f} GB",
         f"Linux {machine['kernel']}",
         f"drive {rates[0]:.1f} to {rates[-1]:.1f} GB/s",
-        f"{len(result['rounds'])} rounds",
+        f"{1 + max((run['round'] for run in result['runs']), default=-1)} rounds",
         machine["utc"][:10],
         f"commit {machine['commit']}",
     ]
@@ -111,9 +113,8 @@ def spread(values: dict[str, float] | None, digits: int = 2) -> str:
     return f"{values['median']:.{digits}f} ({least} to {most})"
 
 
-def arm_row(arm: dict[str, Any]) -> list[str]:
-    """Return the row of an engine at a limit."""
-    counts = "zipmoe" in arm["arm"] or "LRU" in arm["arm"]
+def arm_row(arm: dict[str, Any], *, counts: bool) -> list[str]:
+    """Return the row of an engine at a limit; `counts`: it knows its experts."""
     percent = [
         f"{arm[name]['median']:.0%}" if counts and name in arm else ""
         for name in ("hit_rate", "wait_share")
@@ -136,4 +137,18 @@ def asked_row(row: dict[str, Any]) -> list[str]:
     return [row["what"], limit, spread(row["measured"]), "yes" if row["held"] else "**no**"]
 
 
-SECTIONS = {"offload": offload}
+def figures(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what offload_figures.json says."""
+    yield where(result)
+    yield table(ARM_HEAD, [arm_row(arm, counts=True) for arm in result["arms"]])
+    yield "An answer of 512 tokens at 50 %, tokens a second over its first ones (medians):"
+    lengths = result["lengths"]
+    yield table(
+        [str(row["tokens"]) for row in lengths], [[f"{row['tokens_s']:.2f}" for row in lengths]]
+    )
+    yield "Bytes of the store, of those of the checkpoint:"
+    sizes = result["store_over_checkpoint"]
+    yield table(list(sizes), [[f"{share:.3f}" for share in sizes.values()]])
+
+
+SECTIONS = {"offload": offload, "offload_figures": figures}

@@ -247,7 +247,7 @@ class Bench:
             "fresh_memory_bytes_s": fresh,
             "fetch": fetch,
             "first_tokens": self.routing["tokens_of_a_prompt"],
-            "trace": str(trace),
+            "trace": trace.name,
         }
 
     def arguments(self, kind: Kind, limit: int | None, processes: str) -> dict[str, Any]:
@@ -337,7 +337,7 @@ class Bench:
                 for path in (self.files.checkpoint, self.files.store, self.files.raw_store)
             },
             "tokens": {"prefill": [SHORT, LONG], "skipped": SKIPPED, "decoded": DECODED},
-            "summary": summarise(self.rounds, self.runs),
+            "summary": summarise(self.rounds, self.runs, self.files.folder),
             "rounds": self.rounds,
             "runs": self.runs,
         }

@@ -13,6 +13,9 @@ from zipmoe.routing import load_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from zipmoe.routing import Trace
 
 OURS = "zipmoe"
 # Least ratios of decode rates, by the other arm and the limit.
@@ -31,9 +34,13 @@ MISSES_MOST = {0.3: 0.9, 0.5: 0.9}  # of LRU's
 Run = dict[str, Any]
 
 
-def summarise(rounds: list[dict[str, Any]], runs: list[Run]) -> dict[str, Any]:
+def summarise(rounds: list[dict[str, Any]], runs: list[Run], traces: Path) -> dict[str, Any]:
+    """`traces`: the folder of the rounds' routing traces."""
     good = [run for run in runs if "failed" not in run]
-    replayed = [routing(number, one, good) for number, one in enumerate(rounds)]
+    replayed = [
+        routing(number, load_trace(traces / one["trace"]), one["first_tokens"], good)
+        for number, one in enumerate(rounds)
+    ]
     return {
         "arms": arms(good),
         "failed": [[*run["key"], run["failed"]] for run in runs if "failed" in run],
@@ -218,11 +225,10 @@ def promises(runs: list[Run]) -> Iterator[dict[str, Any]]:
     yield from at_most("results that differ between limits", 0, different)
 
 
-def routing(number: int, conditions: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
+def routing(number: int, trace: Trace, first: int, runs: list[Run]) -> dict[str, Any]:
     """Replay this round's routing with the slots that each limit gave."""
-    trace = load_trace(conditions["trace"])
     replayer = Replayer(trace)
-    prompt, first = trace.experts[: int(trace.tokens[0])], conditions["first_tokens"]
+    prompt = trace.experts[: int(trace.tokens[0])]
     found: dict[str, Any] = {
         "distinct_of_first_tokens": distinct(prompt[:first]),
         "distinct_of_prompt": distinct(prompt),

@@ -235,13 +235,14 @@ class Bench:
         measured = hardware.profile(self.files.store, refresh=True)
         fresh = FRESH_BYTES / fresh_memory_s()
         tokens = Tokens(number, self.shape)
+        answer = tokens.answer[: SKIPPED + DECODED]
         trace = self.files.folder / f"round-{number}.npz"
         kind = zipmoe_kind("zipmoe", self.files.store, ())
         few = int(min(SHARES) * self.total)  # memory for the experts of a layer, not of two
         drop_page_cache()
         with Worker("fetch", "offload_arm:Arm", PASSIVE, **self.arguments(kind, few, "")) as worker:
             fetch = self.rates() | worker.call("call", "fetch")
-            worker.call("call", "record", tokens.short, tokens.answer, str(trace))
+            worker.call("call", "record", tokens.short, answer, str(trace))
         return {
             "profile": asdict(measured),
             "fresh_memory_bytes_s": fresh,

@@ -237,9 +237,10 @@ def routing(number: int, trace: Trace, first: int, runs: list[Run]) -> dict[str,
     for run in runs:
         if run["round"] != number or run["arm"] != OURS or not run["share"] or "decode" not in run:
             continue
-        skip = 1 + len(run["warm_up"]["seconds"])
+        begin = 1 + len(run["warm_up"]["seconds"])  # after the prompt, which is one pass
+        timed = slice(begin, begin + len(run["decode"]["seconds"]))
         replayed = {
-            name: int(replayer.run(name, run["facts"]["slots"]).misses[skip:].sum())
+            name: int(replayer.run(name, run["facts"]["slots"]).misses[timed].sum())
             for name in policies()
         }
         read = run["decode"]["counters"]["bytes_read"] / run["facts"]["record_bytes"]

@@ -68,7 +68,11 @@ class Worker:
         with _environment(environment):
             self.process.start()
         theirs.close()
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self._kill()
+            raise
 
     def call(self, method: str, *arguments: Any) -> Any:
         self.connection.send((method, arguments))
@@ -94,8 +98,13 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind:
-            self.process.kill()  # it may be in the middle of something
+            self._kill()
         self.close()
+
+    def _kill(self) -> None:
+        """End it, whatever it is in the middle of."""
+        self.process.kill()
+        self.process.join()
 
 
 def in_child(function: str, **arguments: Any) -> None:

@@ -1,5 +1,5 @@
 # Every target does its own set-up; a second run is quick. Variables: PYTHON (python3), VENV (.venv);
-# TRACES, a folder of count traces, for the part of a benchmark that needs them.
+# TRACES, a folder of count traces, for the part of a benchmark that needs them; COUNTS, one of them.
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 RUN := $(VENV)/bin/python
 CORE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h .deps/complete)
 
-.PHONY: help setup build demo test check format bench bench-models soak docs clean
+.PHONY: help setup build demo test check format bench bench-models bench-offload bench-offload-figures soak docs clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -43,6 +43,15 @@ bench-models: $(STAMPS)/build $(STAMPS)/bench ## measure whole models, also agai
 	tools/setup.sh llama
 	$(RUN) benchmarks/layer.py --out benchmarks/results/layer.json
 	$(RUN) benchmarks/decode.py --out benchmarks/results/decode.json
+
+bench-offload: $(STAMPS)/build $(STAMPS)/bench ## measure where weights do not fit, in memory cgroups (root, 48 GB of disk)
+	tools/setup.sh llama
+	$(RUN) benchmarks/offload.py $(COUNTS:%=--counts %) --out benchmarks/results/offload.json
+	$(RUN) tools/generate_docs.py
+
+bench-offload-figures: $(STAMPS)/build $(STAMPS)/bench ## the same model: policies, lookahead, lengths of answers, codecs (an hour)
+	$(RUN) benchmarks/offload_figures.py $(COUNTS:%=--counts %) --out benchmarks/results/offload_figures.json
+	$(RUN) tools/generate_docs.py
 
 soak: $(STAMPS)/build ## run the full volumes of the acceptance points (15 minutes); report in benchmarks/results
 	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report=benchmarks/results/soak.json

@@ -1,7 +1,8 @@
 """Decoding and prefill of zipmoe against llama.cpp in BF16, all weights in RAM.
 
-A model of the shape of Qwen1.5-MoE-A2.7B with 8 of its layers and random weights is loaded by both,
-each in a process of its own. Both are fed the same tokens, whatever they would have answered, so
+A model of the shape of Qwen1.5-MoE-A2.7B with 8 of its layers, random weights and the routing of
+trained models (`imposed_routing`; `offload.py` uses it too) is loaded by both, each in a process of
+its own. Both are fed the same tokens, whatever they would have answered, so
 that both need the same experts. In every repetition (its tokens are new) the engines take turns,
 the first of them alternates: a prompt of 512 tokens; a prompt of 64, 8 tokens that do not count,
 and 32 that are timed one by one. Ratios are taken within a repetition. llama.cpp is the package
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from machine import describe_machine
-from synthetic_qwen import Files, Shape, cache_folder
+from synthetic_qwen import TOPICS, Files, Shape, cache_folder
 from workers import Worker, disturbed, in_child, require_memory, rotated, spread
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def prepare(layers: int, cache: Path, *, repack: bool, with_gguf: bool) -> None:
     """Make the files; runs in a process of its own."""
     from synthetic_qwen import forget_pages, prepare  # noqa: PLC0415
 
-    files = prepare(Shape(layers=layers), cache, repack=repack)
+    files = prepare(Shape(layers=layers, topics=TOPICS), cache, repack=repack)
     if with_gguf and not files.gguf.exists():
         from qwen_gguf import write_gguf  # noqa: PLC0415
 
@@ -204,8 +205,8 @@ def print_summary(result: dict[str, Any]) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    shape = Shape(layers=options.layers)
-    files = Files(options.cache / shape.name)
+    shape = Shape(layers=options.layers, topics=TOPICS)
+    files = Files.of(shape, options.cache)
     with_llama = importlib.util.find_spec("llama_cpp") is not None
     if not with_llama:
         print("llama-cpp-python is not installed: zipmoe runs alone", file=sys.stderr)

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,10 +41,11 @@ class Timed:
 
 
 def _busy_seconds() -> float:
-    user, nice, system, _, _, irq, softirq, steal = map(
+    user, nice, system, _, _, _, _, steal = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     )
-    ticks = user + nice + system + irq + softirq + steal
+    # Interrupts count for no process; where much is read they are mostly the reader's own.
+    ticks = user + nice + system + steal
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -91,9 +92,17 @@ class Engine(ABC):
     def logits(self) -> np.ndarray:
         """Give the logits of the last pass."""
 
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Say what this is and what engaged."""
+
     def misses(self) -> int:
         """Count experts that were not in memory so far."""
         return 0
+
+    def counters(self) -> dict[str, int]:
+        """Give what the engine itself has counted so far."""
+        return {}
 
     def prefill(self, ids: list[int]) -> Timed:
         """Time one pass over a prompt."""

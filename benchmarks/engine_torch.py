@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 WARM_UP_PASSES = 20
+FETCH_POLL_S = 0.0005
+FETCHED_BEFORE = 2  # layers
+EXTENT_0, EXTENT_1 = 11, 14  # columns of a store's expert table: lengths
 
 
 class ModelEngine(Engine):
@@ -102,18 +107,64 @@ class ZipmoeEngine(ModelEngine):
     """A model loaded from a store."""
 
     def __init__(
-        self, store: str, *, compute: str, memory: str, context: int, threads: int
+        self,
+        store: str,
+        *,
+        memory: str | int | None,
+        context: int,
+        threads: int,
+        compute: str = "native",
+        **options: Any,
     ) -> None:
         import zipmoe  # noqa: PLC0415  (stock transformers runs without it)
         from zipmoe import _core  # noqa: PLC0415
+        from zipmoe.store import open_store  # noqa: PLC0415
 
         torch.set_num_threads(threads)  # before: what `load` makes of it is the product's choice
         _core.set_num_threads(threads)
-        self.loaded = zipmoe.load(store, memory=memory, compute=compute, context=context)
+        self.loaded = zipmoe.load(store, memory=memory, compute=compute, context=context, **options)
+        with open_store(Path(store)) as opened:
+            table = opened.expert_table()[1]
+        first = (table[:, 0] == 0) & (table[:, 1] == 0)
+        self.record_bytes = int(table[first][:, [EXTENT_0, EXTENT_1]].sum())
         super().__init__(self.loaded.model)
 
     def misses(self) -> int:
         return self.loaded.runtime.cache.counters()["misses"]
+
+    def counters(self) -> dict[str, int]:
+        native = self.loaded.runtime.source.engine
+        return self.loaded.runtime.cache.counters() | (native.counters() if native else {})
+
+    def record(self, prompt: list[int], ids: list[int], path: str) -> None:
+        """Note which experts these tokens choose, in a routing trace."""
+        from zipmoe.recording import RoutingRecording  # noqa: PLC0415
+        from zipmoe.routing import save_trace  # noqa: PLC0415
+
+        with RoutingRecording(self.model, self.loaded.runtime.source) as recording:
+            self.decode(prompt, ids, 0)
+        save_trace(recording.trace(), path)
+
+    def fetch(self) -> dict[str, float]:
+        """Read all experts of one layer after the other, and do nothing else.
+
+        The first layers touch the cache's memory, which is not to be measured.
+        """
+        layers = len(self.loaded.runtime.source.layers)
+        for layer in range(FETCHED_BEFORE):
+            self._fetch(layer)
+        cpu, begin = sum(os.times()[:2]), time.perf_counter()
+        read = sum(self._fetch(layer) for layer in range(FETCHED_BEFORE, layers))
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "bytes": read, "cpu_s": sum(os.times()[:2]) - cpu}
+
+    def _fetch(self, layer: int) -> int:
+        cache, experts = self.loaded.runtime.cache, self.loaded.runtime.source.layers[0].experts
+        before = cache.counters()["bytes_read"]
+        cache.prefetch(layer, list(range(experts)))
+        while cache.counters()["bytes_read"] < before + experts * self.record_bytes:
+            time.sleep(FETCH_POLL_S)
+        return cache.counters()["bytes_read"] - before
 
     def fill(self, vocabulary: int, tokens: int) -> None:
         """Run prompts until every expert that they need is in memory."""
@@ -142,6 +193,37 @@ class ZipmoeEngine(ModelEngine):
             "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "engaged": self.loaded.runtime.engaged(),
             "memory": self.loaded.memory.as_dict(),
+            "record_bytes": self.record_bytes,
+            "dense_bytes_of_a_token": sum(
+                weight.matrix.nbytes
+                for name, weight in self.loaded.runtime.dense.weights.items()
+                if weight.matrix and "embed_tokens" not in name
+            ),
+            "slots": self.loaded.runtime.cache.slots,
+            "policy": self.loaded.runtime.cache.policy,
+        }
+
+
+class OffloadedEngine(ModelEngine):
+    """Stock transformers, with what exceeds the memory offloaded to the drive by accelerate."""
+
+    def __init__(self, checkpoint: str, *, memory: int, folder: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=torch.bfloat16,
+            device_map="auto",
+            max_memory={"cpu": memory},
+            offload_folder=folder,
+        )
+        super().__init__(model.eval())
+
+    def facts(self) -> dict[str, Any]:
+        places = list(self.model.hf_device_map.values())
+        return super().facts() | {
+            "engine": "transformers, offloaded by accelerate",
+            "accelerate": importlib.metadata.version("accelerate"),
+            "modules": {str(place): places.count(place) for place in set(places)},
         }
 
 

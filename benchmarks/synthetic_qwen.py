@@ -4,6 +4,10 @@ Weights are N(0, 0.02) in BF16, from seeds that are the tensors' names; norms ar
 is scaled by 2^6 and what writes to the residual stream by 2^-2: else attention's first output,
 which all tokens share, drowns the embedding, and every token goes to the same experts. Powers of
 two shift exponents and nothing else, so all compresses as N(0, 0.02) does.
+
+A shape with topics reserves hidden channels that no layer writes to: the first is the same for all
+tokens, the others say which topic a token has (its number modulo topics). Routers lie in a shard of
+their own; `imposed_routing` gives them the routing statistics of trained models.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
 STD = 0.02
 EMBEDDING_SCALE, RESIDUAL_SCALE = 2.0**6, 2.0**-2
 RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
+ROUTERS = "routers"  # the shard of a shape with topics
+RESERVED_VALUE = 8.0  # several times what other channels have
+TOPICS = 16  # of the shapes that have some
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,17 @@ class Shape:
     top_k: int = 4
     expert_width: int = 1408
     shared_width: int = 5632
+    topics: int = 0  # 0: nothing is reserved, and routing is that of random weights
 
     @property
     def name(self) -> str:
-        return f"qwen2moe-{self.layers}x{self.hidden}x{self.expert_width}-v{self.vocabulary}"
+        sizes = f"{self.layers}x{self.hidden}x{self.expert_width}-v{self.vocabulary}"
+        return f"qwen2moe-{sizes}" + (f"-t{self.topics}" if self.topics else "")
+
+    @property
+    def reserved(self) -> int:
+        """Channels that no layer writes to."""
+        return self.topics + 1 if self.topics else 0
 
     def config(self) -> dict[str, object]:
         return {
@@ -90,26 +104,55 @@ def layer_shapes(shape: Shape, layer: int) -> Iterator[tuple[str, tuple[int, ...
         yield f"{prefix}mlp.{block}.down_proj.weight", (hidden, width)
 
 
+def is_router(name: str) -> bool:
+    return name.endswith("mlp.gate.weight")
+
+
 def shards(shape: Shape) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
     matrix = (shape.vocabulary, shape.hidden)
     yield "embedding", {"model.embed_tokens.weight": matrix, "model.norm.weight": (shape.hidden,)}
     yield "head", {"lm_head.weight": matrix}
+    routers = {}
     for layer in range(shape.layers):
-        yield f"layer-{layer:02d}", dict(layer_shapes(shape, layer))
+        tensors = dict(layer_shapes(shape, layer))
+        if shape.topics:
+            router = next(filter(is_router, tensors))
+            routers[router] = tensors.pop(router)
+        yield f"layer-{layer:02d}", tensors
+    if routers:
+        yield ROUTERS, routers
 
 
-def make_weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def make_weights(name: str, size: tuple[int, ...], shape: Shape) -> torch.Tensor:
     import torch  # noqa: PLC0415
 
     if name.endswith("norm.weight"):
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.ones(size, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     scale = STD
     if name == "model.embed_tokens.weight":
         scale *= EMBEDDING_SCALE
     elif name.endswith(RESIDUAL_WRITERS):
         scale *= RESIDUAL_SCALE
-    return torch.randn(shape, generator=generator).mul_(scale).to(torch.bfloat16)
+    weights = torch.randn(size, generator=generator).mul_(scale)
+    if shape.topics:
+        reserve(weights, name, shape)
+    return weights.to(torch.bfloat16)
+
+
+def reserve(weights: torch.Tensor, name: str, shape: Shape) -> None:
+    """Keep the reserved channels to the embedding, and routers from them."""
+    import torch  # noqa: PLC0415
+
+    if name.endswith(RESIDUAL_WRITERS):
+        weights[: shape.reserved] = 0
+    elif is_router(name):
+        weights[:, : shape.reserved] = 0
+    elif name == "model.embed_tokens.weight":
+        tokens = torch.arange(shape.vocabulary)
+        weights[:, : shape.reserved] = 0
+        weights[:, 0] = RESERVED_VALUE
+        weights[tokens, 1 + tokens % shape.topics] = RESERVED_VALUE
 
 
 def write_checkpoint(folder: Path, shape: Shape) -> None:
@@ -119,7 +162,7 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
     size = 0
     for shard, tensors in shards(shape):
         file = f"{shard}.safetensors"
-        content = {name: make_weights(name, size) for name, size in tensors.items()}
+        content = {name: make_weights(name, size, shape) for name, size in tensors.items()}
         save_file(content, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in content.values())
@@ -140,6 +183,10 @@ class Files:
 
     folder: Path
 
+    @classmethod
+    def of(cls, shape: Shape, cache: Path, counts: Path | None = None) -> Files:
+        return cls(cache / (f"{shape.name}-{counts.stem}" if counts else shape.name))
+
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
@@ -149,20 +196,39 @@ class Files:
         return self.folder / "store"
 
     @property
+    def raw_store(self) -> Path:
+        """The weights as they are, in the store's format."""
+        return self.folder / "raw-store"
+
+    @property
+    def routing(self) -> Path:
+        """What was imposed on the routers, and how well."""
+        return self.folder / "routing.json"
+
+    @property
     def gguf(self) -> Path:
         return self.folder / "model.gguf"
 
 
-def prepare(shape: Shape, cache: Path, *, repack: bool = False) -> Files:
-    """Make checkpoint and store unless they are there, and leave none of their pages cached."""
+def prepare(
+    shape: Shape, cache: Path, *, repack: bool = False, counts: Path | None = None
+) -> Files:
+    """Make checkpoint and store unless they are there, and leave none of their pages cached.
+
+    A shape with topics gets the routing of recorded counts, or of zipmoe's synthetic routing.
+    """
     from zipmoe import pack_checkpoint  # noqa: PLC0415
 
-    files = Files(cache / shape.name)
+    files = Files.of(shape, cache, counts)
     if not files.checkpoint.exists():
         unfinished = files.folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write_checkpoint(unfinished, shape)
+        if shape.topics:
+            from imposed_routing import impose  # noqa: PLC0415
+
+            files.routing.write_text(json.dumps(impose(unfinished, shape, counts), indent=1))
         unfinished.rename(files.checkpoint)
     if repack:
         shutil.rmtree(files.store, ignore_errors=True)

@@ -49,6 +49,10 @@ def _serve(connection: Connection, factory: str, arguments: dict[str, Any]) -> N
         connection.send((False, traceback.format_exc()))
 
 
+class WorkerEnded(SystemExit):
+    """A worker failed, or was killed."""
+
+
 class Worker:
     """An engine made by `factory` ("module:callable") in a new process with this environment."""
 
@@ -64,7 +68,11 @@ class Worker:
         with _environment(environment):
             self.process.start()
         theirs.close()
-        self._receive()
+        try:
+            self._receive()
+        except BaseException:
+            self._kill()
+            raise
 
     def call(self, method: str, *arguments: Any) -> Any:
         self.connection.send((method, arguments))
@@ -75,21 +83,28 @@ class Worker:
             good, result = self.connection.recv()
         except EOFError:
             self.process.join()
-            raise SystemExit(f"{self.name} ended with {self.process.exitcode}") from None
+            raise WorkerEnded(f"{self.name} ended with {self.process.exitcode}") from None
         if not good:
-            raise SystemExit(f"{self.name} failed:\n{result}")
+            raise WorkerEnded(f"{self.name} failed:\n{result}")
         return result
 
     def close(self) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
             self.connection.send(None)
         self.process.join()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            self._kill()
         self.close()
+
+    def _kill(self) -> None:
+        """End it, whatever it is in the middle of."""
+        self.process.kill()
+        self.process.join()
 
 
 def in_child(function: str, **arguments: Any) -> None:

@@ -3,19 +3,39 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
+#include <thread>
 #include <utility>
+#include <vector>
 
 namespace zipmoe {
 namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kTouchers = 4;
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14
+#endif
 
 // munmap of a stretch that we mapped cannot fail but for a fault of ours; nothing could be done
 // then.
 void unmap(std::byte* begin, std::size_t length) noexcept {
   if (length > 0) munmap(begin, length);
+}
+
+// Several threads, whatever the number of cores: where the machine is a virtual one, a page may
+// have to come from its host, and what is waited for then is not a core of ours.
+void touch(std::span<std::byte> bytes) {
+  const std::size_t part =
+      (bytes.size() / kTouchers + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
+  std::vector<std::jthread> threads;
+  for (std::size_t at = 0; at < bytes.size(); at += part)
+    threads.emplace_back([stretch = bytes.subspan(at, std::min(part, bytes.size() - at))] {
+      // Older kernels refuse; then pages come one by one, as they are read into.
+      (void)madvise(stretch.data(), stretch.size(), MADV_POPULATE_WRITE);
+    });
 }
 
 }  // namespace
@@ -36,6 +56,7 @@ Arena::Arena(std::size_t bytes) {
   // Advice: a kernel without huge pages refuses it, and everything works all the same.
   (void)madvise(bytes_.data(), bytes, MADV_HUGEPAGE);
   (void)madvise(bytes_.data(), bytes, MADV_DONTFORK);
+  touch(bytes_);
 }
 
 void Arena::give_back(std::size_t offset, std::size_t length) noexcept {

@@ -9,9 +9,11 @@ namespace zipmoe {
 // through megabytes at memory speed, and with pages of 4 KiB a good part of that time would go to
 // the TLB.
 //
-// Nothing is touched here: a page costs memory from the first read into it on, so a cache that
-// never fills never takes its whole budget, and one that does takes exactly size() and not a page
-// more (a huge page is used only where it lies wholly inside the stretch).
+// All of it is touched at once, by several threads: a direct read into a page that is not there yet
+// waits for it while the drive has nothing to do, and on a virtual machine, whose host may have
+// taken free memory back, that made cold prompts several times slower than the drive. It takes
+// exactly size() and not a page more (a huge page is used only where it lies wholly inside the
+// stretch).
 //
 // A forked child does not inherit it (MADV_DONTFORK): copy on write would otherwise move pages from
 // under a running direct read.

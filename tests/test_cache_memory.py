@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,9 @@ def test_resident_memory_grows_by_no_more_than_the_capacity(tmp_path, reader, co
     assert 8 < told["slots"] < 30
     assert told["allocated"] <= capacity
     assert told["slots"] * told["record"] < told["peak"] <= capacity
-    assert told["empty"] < 2 * MIB  # slots cost nothing before their first use
+    # All of it at once: no read waits for a page. (Kernels before 5.14 give pages one by one.)
+    is_touched = tuple(map(int, platform.release().split(".")[:2])) >= (5, 14)
+    assert (told["empty"] >= told["slots"] * told["record"]) == is_touched
     assert told["after"] < 2 * MIB
 
 

@@ -2,7 +2,7 @@
 
     python tools/generate_docs.py [--check]
 
-docs/cli.md comes from the commands' own help.
+docs/cli.md comes from the commands' own help, docs/results.md from benchmarks/results.
 """
 
 import sys
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
+from results_page import results_page
 from typer.testing import CliRunner
 
 from zipmoe.cli import app
@@ -62,7 +63,8 @@ def cli_page() -> str:
 def main() -> None:
     """Write or check every generated document."""
     stale = []
-    for path, text in {ROOT / "docs" / "cli.md": cli_page()}.items():
+    pages = {ROOT / "docs" / "cli.md": cli_page(), ROOT / "docs" / "results.md": results_page()}
+    for path, text in pages.items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         stale.append(str(path.relative_to(ROOT)))

@@ -58,7 +58,8 @@ class LoadOptions:
     memory: bytes for the whole process, None for what is available less a reserve. context: most
     tokens of prompt and answer together, None for 4096 or the model's own maximum if that is
     less. batch: sequences that run together, each as long as that. policy: which expert goes when
-    a slot is needed, "" for the default.
+    a slot is needed, "" for the default. lookahead: whether layers ask the next one's router what
+    it will want.
     """
 
     memory: int | None = None
@@ -66,6 +67,7 @@ class LoadOptions:
     compute: str = "native"
     policy: str = ""
     batch: int = 1
+    lookahead: bool = True
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTES:
@@ -242,7 +244,7 @@ class ZipmoeQuantizer(HfQuantizer):
             model.set_attn_implementation(attention.IMPLEMENTATION)
             replace_norms(model)
             replace_gated(model)
-            runtime.blocks, left = replace_blocks(model)
+            runtime.blocks, left = replace_blocks(model, lookahead=self.options.lookahead)
             runtime.in_parts = sorted({type(module).__name__ for module in left})
             kv.attach(model)
         runtime.source.cache = _core.ExpertCache(

@@ -69,11 +69,14 @@ class NativeLayer(NativeBlock):
         )
 
 
-def replace_blocks(model: nn.Module) -> tuple[list[NativeBlock], list[nn.Module]]:
+def replace_blocks(
+    model: nn.Module, *, lookahead: bool = True
+) -> tuple[list[NativeBlock], list[nn.Module]]:
     """Put native modules in the places of what can be run in one call.
 
-    Norms and gated blocks must have been replaced before. Returns the new modules, and attentions
-    and MoE blocks that run part by part.
+    Norms and gated blocks must have been replaced before. With lookahead, each layer asks the next
+    one's router beforehand. Returns the new modules, and attentions and MoE blocks that run part by
+    part.
     """
     replaced: list[NativeBlock] = []
     left: list[nn.Module] = []
@@ -93,7 +96,7 @@ def replace_blocks(model: nn.Module) -> tuple[list[NativeBlock], list[nn.Module]
         if layer is not None:
             _put(model, name, layer)
             layers.append(layer)
-    for layer, following in pairwise(layers):
+    for layer, following in pairwise(layers) if lookahead else ():
         layer.native.followed_by(following.native, following.mlp.layer)
     return [*replaced, *layers], left
 

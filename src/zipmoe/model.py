@@ -96,6 +96,7 @@ def load(
     context: int | None = None,
     policy: str = "",
     batch: int = 1,
+    lookahead: bool = True,
 ) -> Loaded:
     """Load a packed model.
 
@@ -113,6 +114,8 @@ def load(
         "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
     batch : sequences that run together in one call of the model, each of `context` tokens at most.
         More than were counted for are refused with a BudgetError where they do not fit.
+    lookahead : whether experts that the next layer will probably want are read while the drive
+        would be idle. No result depends on it.
 
     Returns
     -------
@@ -134,6 +137,7 @@ def load(
         compute=compute,
         policy=policy,
         batch=batch,
+        lookahead=lookahead,
     )
     folder = Path(store)
     open_store(folder).close()  # transformers reads nothing that has not been verified

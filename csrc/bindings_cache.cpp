@@ -105,6 +105,11 @@ void bind_cache(nb::module_& m) {
                      nb::gil_scoped_release release;
                      return self->allocated_bytes();
                    })
+      .def_prop_ro("filled_bytes",
+                   [](const CacheHandle& self) {
+                     nb::gil_scoped_release release;
+                     return self->filled_bytes();
+                   })
       .def(
           "prefetch",
           [](const CacheHandle& self, std::uint64_t layer, const Experts& experts,

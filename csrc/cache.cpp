@@ -278,6 +278,7 @@ bool ExpertCache::start_read(std::uint32_t expert, Victim victim) {
   if (!slot) return false;
   reads_[*slot] = std::move(read);
   is_ahead_[*slot] = false;
+  num_filled_ = std::max(num_filled_, *slot + 1);
   ++num_reading_;
   failed_.erase(expert);  // what went wrong before is tried again
   try {

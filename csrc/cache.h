@@ -126,6 +126,8 @@ class ExpertCache final : private ReadSink {
   [[nodiscard]] std::uint32_t num_slots() const { return num_usable_; }
   // Within the limit; 0 once closed.
   [[nodiscard]] std::uint64_t allocated_bytes() const;
+  // Of these, the memory that slots have really taken: those that were in use at any time.
+  [[nodiscard]] std::uint64_t filled_bytes() const;
 
  private:
   friend class Lease;
@@ -196,6 +198,7 @@ class ExpertCache final : private ReadSink {
   std::vector<bool> is_ahead_;                         // by slot: read ahead, not visited yet
   std::atomic<std::uint32_t> num_usable_;              // slots within the limit
   std::uint64_t allocated_bytes_ = 0;
+  std::uint32_t num_filled_ = 0;  // slots, from the first, that have been in use
   std::uint32_t num_reading_ = 0;
   CacheCounters counters_;
   std::uint64_t num_users_ = 0;         // calls and leases under way

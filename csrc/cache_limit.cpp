@@ -19,12 +19,18 @@ std::uint64_t ExpertCache::limit(std::uint64_t most) {
   const std::uint32_t before = num_usable_;
   num_usable_ = allowed;
   allocated_bytes_ = needed_bytes(table_, allowed);
+  num_filled_ = std::min(num_filled_, allowed);
   residency_.set_limit(allowed);
   for (std::uint32_t slot = allowed; slot < before; ++slot)
     if (residency_.state(slot) == SlotState::empty) give_back(slot);
   start_wanted();
   changed_.notify_all();
   return allocated_bytes_;
+}
+
+std::uint64_t ExpertCache::filled_bytes() const {
+  const Lock lock(mutex_);
+  return num_filled_ * slot_stride_;
 }
 
 // As far as nobody uses them; the others follow when that ends.

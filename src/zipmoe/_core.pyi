@@ -127,6 +127,9 @@ class ExpertCache:
     @property
     def allocated_bytes(self) -> int:
         """What it may come to now; 0 once closed."""
+    @property
+    def filled_bytes(self) -> int:
+        """Memory that its slots have really taken so far."""
     @staticmethod
     def floor_bytes(matrices: NDArray[np.uint64]) -> int:
         """Least capacity_bytes that works for these matrices."""

@@ -11,7 +11,7 @@ import contextlib
 import re
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +27,7 @@ from zipmoe.dense import PADDING, DenseFile
 from zipmoe.experts import IMPLEMENTATION, experts_forward
 from zipmoe.gated import replace_gated
 from zipmoe.layers import replace_blocks
+from zipmoe.lending import Lending
 from zipmoe.norm import replace_norms
 from zipmoe.pressure import Watch
 from zipmoe.recording import announce_request, pass_shape
@@ -113,6 +114,7 @@ class Runtime:
         self.blocks: list[NativeBlock] = []  # what runs in one call each
         self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
         self.watch: Watch | None = None
+        self.lending: Lending | None = None
         self.compute = "torch" if self.source.engine is None else "native"
 
     def admit(self, tokens: int, sequences: int = 1) -> None:
@@ -139,6 +141,8 @@ class Runtime:
 
         in_parts: attention and MoE blocks that run natively, but not in one call each. fell_back:
         what was left to torch. watches, gave_back: what may take memory from the cache, and did.
+        on_drive: dense weights of which rows are read as they are needed.
+        lent: memory that the cache has beyond its share, because nothing else needs it now.
         """
         cache, engine = self.cache, self.source.engine
         return {
@@ -150,6 +154,8 @@ class Runtime:
             "fell_back": ", ".join(self._fell_back()) or "nothing",
             "watches": self.watch.watches if self.watch else "nothing",
             "gave_back": self.watch.gave_back() if self.watch else "nothing",
+            "on_drive": ", ".join(sorted(self.dense.rows_only)) or "nothing",
+            "lent": budget.format_bytes(self.lending.lent if self.lending else 0),
         }
 
     def _fell_back(self) -> list[str]:
@@ -221,6 +227,9 @@ class ZipmoeQuantizer(HfQuantizer):
             skeleton = bind_skeleton(model, store, self.options, self.base_bytes)
             memory = self.options.memory or budget.available_memory().budget
             report = budget.plan(skeleton.needs, memory)
+            if report.promised - report.total >= skeleton.dense.rows_bytes:
+                report = replace(report, dense=report.dense + skeleton.dense.rows_bytes)
+                skeleton.dense.rows_only.clear()  # every expert has its place: there is room
             self._dense = DenseFile(skeleton.tensors, store.read_dense)
             skeleton.dense.load(store, skeleton.source.engine)
             self._runtime, self._skeleton = Runtime(skeleton, report, store), skeleton
@@ -247,17 +256,22 @@ class ZipmoeQuantizer(HfQuantizer):
             runtime.blocks, left = replace_blocks(model, lookahead=self.options.lookahead)
             runtime.in_parts = sorted({type(module).__name__ for module in left})
             kv.attach(model)
-        runtime.source.cache = _core.ExpertCache(
+        report, needs = runtime.report, self._skeleton.needs
+        capacity = max(report.cache, min(needs.cache_all, report.promised - report.dense))
+        cache = runtime.source.cache = _core.ExpertCache(
             self._skeleton.paths,
             self._skeleton.table,
-            capacity_bytes=runtime.report.cache,
+            capacity_bytes=capacity,
             policy=self.options.policy,
             **self._reading(),
         )
+        cache.limit(report.cache)
+        runtime.lending = Lending(cache, capacity, report, self._skeleton.demand)
         floor = _core.ExpertCache.floor_bytes(self._skeleton.table)
-        runtime.watch = Watch(runtime.source.cache, runtime.report, floor).start()
+        runtime.watch = Watch(runtime.lending, report, floor).start()
         model.zipmoe = runtime
         model.register_forward_pre_hook(_admit, with_kwargs=True)
+        runtime.lending.attach(model)
         model.register_forward_pre_hook(announce_request, with_kwargs=True)
         weakref.finalize(model, runtime.close)
         return model

@@ -90,7 +90,7 @@ def bind_skeleton(model: Any, store: Any, options: LoadOptions, base_bytes: int)
         scratch=demand.scratch_bytes(context, options.batch),
         cache_floor=floor,
         cache_all=floor + _all_experts_bytes(table),
-        loading=transient,
+        loading=max(transient, dense.loading_bytes),
     )
     sizes = _model_sizes(model, store, dense, table, top_k=shape.top_k)
     sizes = replace(sizes, state_bytes=demand.states.linear)

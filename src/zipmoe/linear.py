@@ -42,6 +42,7 @@ class PackedWeight:
         self.device = torch.device("cpu")
         self.engine: Any = None
         self.matrix: Any = None
+        self.rows: Any = None  # `zipmoe.rows.DriveRows`, where it stays on the drive: no matrix
         self.decoded = 0  # how often it had to be decoded whole
         self._is_hf_initialized = True  # or _init_weights would try to fill it
 
@@ -96,6 +97,9 @@ class PackedWeight:
             return torch.empty(*ids.shape, columns, dtype=self.dtype, device="meta")
         self._check_open()
         ids = ids.long().contiguous()
+        if self.rows is not None:
+            bits = torch.from_numpy(self.rows.read(ids.reshape(-1).tolist()))
+            return bits.view(self.dtype).view(*ids.shape, columns)
         out = torch.empty(*ids.shape, columns, dtype=self.dtype)
         self.engine.decode_rows(self.matrix, ids.data_ptr(), ids.numel(), out.data_ptr(), columns)
         return out
@@ -107,6 +111,8 @@ class PackedWeight:
     def to_dense(self) -> Tensor:
         """Decode it whole."""
         self.decoded += 1
+        if self.rows is not None:
+            return self.embedding(torch.arange(self.shape[0]))
         if self.matrix is None:  # a skeleton is run for its shapes
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         out = torch.empty(self.shape, dtype=self.dtype)
@@ -136,7 +142,7 @@ class PackedWeight:
         return self
 
     def __getitem__(self, index: Any) -> Tensor:
-        if isinstance(index, int) and self.matrix is not None:
+        if isinstance(index, int) and (self.matrix or self.rows) is not None:
             return self.embedding(torch.tensor(index % self.shape[0]))
         return self.to_dense()[index]
 

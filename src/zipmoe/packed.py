@@ -18,6 +18,7 @@ from torch import nn
 
 from zipmoe import _core
 from zipmoe.linear import AloneWeight, PackedWeight
+from zipmoe.rows import DriveRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -39,19 +40,43 @@ class PackedDense:
     """The packed weights of a model, by the name of their tensor in the store."""
 
     weights: dict[str, PackedWeight] = field(default_factory=dict)
-    nbytes: int = 0  # of memory that they take, once loaded
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of memory, once loaded
+    rows_only: set[str] = field(default_factory=set)  # of which nothing but rows is asked
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take in memory, those that can stay on the drive not counted."""
+        return sum(size for name, size in self.sizes.items() if name not in self.rows_only) + sum(
+            DriveRows.resident_bytes(*self.weights[name].shape) for name in self.rows_only
+        )
+
+    @property
+    def rows_bytes(self) -> int:
+        """Bytes that those would take which can stay on the drive."""
+        return sum(self.sizes[name] for name in self.rows_only)
+
+    @property
+    def loading_bytes(self) -> int:
+        """Bytes held while loading, besides: a record is read before it finds its place."""
+        return max(self.sizes.values(), default=0)
 
     def load(self, store: Store, engine: _core.Engine) -> None:
-        """Read all records.
+        """Read all records; those of `rows_only` are verified and stay where they are.
 
         Raises
         ------
         CorruptError, FetchError
             A record is not what was packed, or could not be read.
         """
-        block, memory = stretch(self.nbytes)
+        for name in sorted(self.rows_only):  # first: while there is most room
+            weight, place = self.weights[name], store.packed_place(name)
+            weight.rows, weight.engine = DriveRows(place, store.read_packed(name)), engine
+        loaded = self.sizes.keys() - self.rows_only
+        block, memory = stretch(sum(self.sizes[name] for name in loaded))
         at = 0
         for name, weight in self.weights.items():
+            if name in self.rows_only:
+                continue
             record = _multipliable(store, name)
             planes = []
             for plane in record.planes:
@@ -78,7 +103,9 @@ class PackedDense:
     def close(self) -> None:
         """Give the memory back. Idempotent."""
         for weight in self.weights.values():
-            weight.matrix = weight.engine = None
+            if weight.rows is not None:
+                weight.rows.close()
+            weight.matrix = weight.rows = weight.engine = None
         self.weights.clear()
 
 
@@ -95,11 +122,16 @@ def bind(model: nn.Module, targets: Mapping[str, DenseTensor]) -> PackedDense:
         if weight is None:
             weight = dense.weights[tensor.name] = PackedWeight(tensor.shape)
             sizes = tensor.plane_bytes if tensor.codec not in WHOLE else (tensor.decoded_bytes,)
-            dense.nbytes += sum(_padded(size) for size in sizes)
+            dense.sizes[tensor.name] = sum(_padded(size) for size in sizes)
+            if DriveRows.takes(tensor.codec):
+                dense.rows_only.add(tensor.name)
         for place in _places(model, module, name):
             delattr(place, name)  # nn.Module refuses a plain object over a parameter
             setattr(place, name, weight)
     _untie(model, {*targets})
+    others = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    multiplied = {id(getattr(module, "weight", None)) for module in others}
+    dense.rows_only = {n for n in dense.rows_only if id(dense.weights[n]) not in multiplied}
     return dense
 
 

@@ -65,6 +65,16 @@ class PackedRecord:
     k_tile: int
 
 
+@dataclass(frozen=True)
+class PackedPlace:
+    """Where a dense tensor lies. `offsets`: of its planes, bytes from the start of the file."""
+
+    path: str
+    tensor: str
+    offsets: tuple[int, int]
+    planes: tuple[str, str] = PLANES
+
+
 class Store:
     """An open store. Close it, or use it in a `with` statement."""
 
@@ -193,6 +203,12 @@ class Store:
             (read_extent(shard, row, 0), read_extent(shard, row, 1)),
             *(int(entry[key]) for key in ("rows", "columns", "row_group", "k_tile")),
         )
+
+    def packed_place(self, name: str) -> PackedPlace:
+        """Say where a dense tensor lies, for those who read parts of it."""
+        shard, row = self._dense[name]
+        offsets = shard.entries[row]["extents"][:, 0]
+        return PackedPlace(shard.path, name, (int(offsets[0]), int(offsets[1])))
 
     def expert_records(self) -> Iterator[tuple[int, int, OpenShard, range]]:
         """Layer, expert, shard and rows of the index of every expert, in order."""

@@ -45,7 +45,7 @@ def test_what_it_took_is_measured(loaded):
     document = json.loads(json.dumps(result.as_dict()))
     assert set(document["cache"]) == {"hits", "misses", "bytes_read"}
     engaged = {"compute", "codec", "isa", "reader", "in_parts"}
-    engaged |= {"fell_back", "watches", "gave_back"}
+    engaged |= {"fell_back", "watches", "gave_back", "on_drive", "lent"}
     assert set(document["engaged"]) == engaged
     assert document["engaged"]["compute"] == "native"
     assert document["engaged"]["codec"] == "rank223"

@@ -27,7 +27,7 @@ from zipmoe.dense import PADDING, DenseFile
 from zipmoe.experts import IMPLEMENTATION, experts_forward
 from zipmoe.gated import replace_gated
 from zipmoe.layers import replace_blocks
-from zipmoe.lending import Lending
+from zipmoe.lending import Lending, see_passes
 from zipmoe.norm import replace_norms
 from zipmoe.pressure import Watch
 from zipmoe.recording import announce_request, pass_shape
@@ -271,7 +271,7 @@ class ZipmoeQuantizer(HfQuantizer):
         runtime.watch = Watch(runtime.lending, report, floor).start()
         model.zipmoe = runtime
         model.register_forward_pre_hook(_admit, with_kwargs=True)
-        runtime.lending.attach(model)
+        see_passes(model)
         model.register_forward_pre_hook(announce_request, with_kwargs=True)
         weakref.finalize(model, runtime.close)
         return model

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from zipmoe.budget import Demand, MemoryReport
 
-__all__ = ["MARGIN_BYTES", "Lending", "resident_bytes"]
+__all__ = ["MARGIN_BYTES", "Lending", "resident_bytes", "see_passes"]
 
 # What the process may grow by unseen between two looks.
 MARGIN_BYTES = 64_000_000
@@ -66,11 +66,6 @@ class Lending:
     def __post_init__(self) -> None:
         self._given = self.report.cache
 
-    def attach(self, model: Any) -> None:
-        """See every forward pass of this model."""
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-
     def begin(self, tokens: int, known: int = 0, sequences: int = 1) -> None:
         """Make room for a pass of this thread: so many new tokens of each sequence."""
         kv = self.demand.kv_bytes(known + tokens + _KV_STEP, sequences)
@@ -102,10 +97,20 @@ class Lending:
             self._given = wanted
         return self._given
 
-    def _before(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        sequences, tokens = pass_shape(args, inputs)
-        past = inputs.get("past_key_values")
-        self.begin(tokens, 0 if past is None else past.get_seq_length(), sequences)
 
-    def _after(self, *_: Any, **__: Any) -> None:
-        self.end()
+def see_passes(model: Any) -> None:
+    """Let the model's `zipmoe.lending` know of every forward pass."""
+    # Functions, not methods: a copy of the model, which is refused, would begin with its hooks.
+    model.register_forward_pre_hook(_begin, with_kwargs=True)
+    model.register_forward_hook(_end, with_kwargs=True, always_call=True)
+
+
+def _begin(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    sequences, tokens = pass_shape(args, inputs)
+    past = inputs.get("past_key_values")
+    known = 0 if past is None else past.get_seq_length()
+    model.zipmoe.lending.begin(tokens, known, sequences)
+
+
+def _end(model: Any, *_: Any, **__: Any) -> None:
+    model.zipmoe.lending.end()

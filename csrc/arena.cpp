@@ -25,19 +25,6 @@ void unmap(std::byte* begin, std::size_t length) noexcept {
   if (length > 0) munmap(begin, length);
 }
 
-// Several threads, whatever the number of cores: where the machine is a virtual one, a page may
-// have to come from its host, and what is waited for then is not a core of ours.
-void touch(std::span<std::byte> bytes) {
-  const std::size_t part =
-      (bytes.size() / kTouchers + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
-  std::vector<std::jthread> threads;
-  for (std::size_t at = 0; at < bytes.size(); at += part)
-    threads.emplace_back([stretch = bytes.subspan(at, std::min(part, bytes.size() - at))] {
-      // Older kernels refuse; then pages come one by one, as they are read into.
-      (void)madvise(stretch.data(), stretch.size(), MADV_POPULATE_WRITE);
-    });
-}
-
 }  // namespace
 
 Arena::Arena(std::size_t bytes) {
@@ -56,7 +43,18 @@ Arena::Arena(std::size_t bytes) {
   // Advice: a kernel without huge pages refuses it, and everything works all the same.
   (void)madvise(bytes_.data(), bytes, MADV_HUGEPAGE);
   (void)madvise(bytes_.data(), bytes, MADV_DONTFORK);
-  touch(bytes_);
+}
+
+// Several threads, whatever the number of cores: where the machine is a virtual one, a page may
+// have to come from its host, and what is waited for then is not a core of ours.
+void Arena::touch(std::size_t length) {
+  const std::size_t part = (length / kTouchers + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
+  std::vector<std::jthread> threads;
+  for (std::size_t at = 0; at < length; at += part)
+    threads.emplace_back([stretch = this->at(at, std::min(part, length - at))] {
+      // Older kernels refuse; then pages come one by one, as they are read into.
+      (void)madvise(stretch.data(), stretch.size(), MADV_POPULATE_WRITE);
+    });
 }
 
 void Arena::give_back(std::size_t offset, std::size_t length) noexcept {

@@ -9,11 +9,8 @@ namespace zipmoe {
 // through megabytes at memory speed, and with pages of 4 KiB a good part of that time would go to
 // the TLB.
 //
-// All of it is touched at once, by several threads: a direct read into a page that is not there yet
-// waits for it while the drive has nothing to do, and on a virtual machine, whose host may have
-// taken free memory back, that made cold prompts several times slower than the drive. It takes
-// exactly size() and not a page more (a huge page is used only where it lies wholly inside the
-// stretch).
+// What is touched, and not before, takes memory, and not a page more (a huge page is used only where
+// it lies wholly inside the stretch).
 //
 // A forked child does not inherit it (MADV_DONTFORK): copy on write would otherwise move pages from
 // under a running direct read.
@@ -32,6 +29,10 @@ class Arena {
   [[nodiscard]] std::span<std::byte> at(std::size_t offset, std::size_t length) const {
     return bytes_.subspan(offset, length);
   }
+  // Has the memory of its first part ready. A direct read into a page that is not there yet waits
+  // for it while the drive has nothing to do; on a virtual machine, whose host may have taken free
+  // memory back, that made cold prompts several times slower than the drive.
+  void touch(std::size_t length);
   // The system takes the memory of a part back; it reads as zeros, and costs memory again from its
   // next use on. Not for memory that a ring has registered: that would stay, and be another's.
   void give_back(std::size_t offset, std::size_t length) noexcept;

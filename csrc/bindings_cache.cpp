@@ -83,15 +83,18 @@ void bind_cache(nb::module_& m) {
       .def(
           "__init__",
           [](CacheHandle* self, std::vector<std::string> paths, const Table& matrices,
-             std::uint64_t capacity_bytes, std::string reader, std::string isa, std::string policy,
-             std::size_t request_bytes, unsigned depth) {
-            CacheOptions options{
-                capacity_bytes, std::move(reader), std::move(isa), {}, std::move(policy)};
+             std::uint64_t capacity_bytes, std::uint64_t limit_bytes, std::string reader,
+             std::string isa, std::string policy, std::size_t request_bytes, unsigned depth) {
+            CacheOptions options{.capacity_bytes = capacity_bytes,
+                                 .limit_bytes = limit_bytes,
+                                 .reader = std::move(reader),
+                                 .isa = std::move(isa),
+                                 .policy = std::move(policy)};
             if (request_bytes != 0) options.shape = {request_bytes, depth};
             new (self) CacheHandle(std::move(paths), numbers_of(matrices), options);
           },
-          "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "reader"_a = "", "isa"_a = "",
-          "policy"_a = "", "request_bytes"_a = 0, "depth"_a = 0)
+          "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "limit_bytes"_a = 0,
+          "reader"_a = "", "isa"_a = "", "policy"_a = "", "request_bytes"_a = 0, "depth"_a = 0)
       .def_static(
           "floor_bytes",
           [](const Table& matrices) { return ExpertCache::floor_bytes(numbers_of(matrices)); },

@@ -66,6 +66,9 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
   for (const std::string& path : paths_) shards_.emplace_back(path, choice.buffering);
   table_.check_inside(shards_);
   arena_ = Arena(slot_stride_ * num_slots_);
+  if (options.limit_bytes != 0) set_limit(options.limit_bytes);
+  num_filled_ = num_usable_;
+  arena_.touch(slot_stride_ * num_filled_);
   reader_ = make_reader(choice, options.shape, *this);
   const bool direct = std::all_of(shards_.begin(), shards_.end(),
                                   [](const ShardFile& shard) { return shard.direct(); });

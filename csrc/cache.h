@@ -29,7 +29,8 @@
 namespace zipmoe {
 
 struct CacheOptions {
-  std::uint64_t capacity_bytes = 0;  // all that the cache may allocate
+  std::uint64_t capacity_bytes = 0;  // all that the cache may ever allocate
+  std::uint64_t limit_bytes = 0;     // see `limit`: to begin with; 0: the capacity
   std::string reader;                // see reader_choice; empty: the best that works
   std::string isa;                   // empty: the best of this machine
   ReadShape shape;
@@ -126,7 +127,7 @@ class ExpertCache final : private ReadSink {
   [[nodiscard]] std::uint32_t num_slots() const { return num_usable_; }
   // Within the limit; 0 once closed.
   [[nodiscard]] std::uint64_t allocated_bytes() const;
-  // Of these, the memory that slots have really taken: those that were in use at any time.
+  // Of these, the memory that slots have really taken, those that were touched at any time.
   [[nodiscard]] std::uint64_t filled_bytes() const;
 
  private:
@@ -159,6 +160,7 @@ class ExpertCache final : private ReadSink {
   void start_wanted();
   void start_ahead();
   void finish_read(std::uint32_t slot, std::optional<Failure> failure);
+  void set_limit(std::uint64_t most);
   void clear_beyond_limit();
   void give_back(std::uint32_t slot);
   void wait(Lock& lock);
@@ -198,7 +200,7 @@ class ExpertCache final : private ReadSink {
   std::vector<bool> is_ahead_;                         // by slot: read ahead, not visited yet
   std::atomic<std::uint32_t> num_usable_;              // slots within the limit
   std::uint64_t allocated_bytes_ = 0;
-  std::uint32_t num_filled_ = 0;  // slots, from the first, that have been in use
+  std::uint32_t num_filled_ = 0;  // slots, from the first, that have been touched
   std::uint32_t num_reading_ = 0;
   CacheCounters counters_;
   std::uint64_t num_users_ = 0;         // calls and leases under way

@@ -11,21 +11,24 @@
 namespace zipmoe {
 
 std::uint64_t ExpertCache::limit(std::uint64_t most) {
-  const std::uint64_t least = needed_bytes(table_, kLeastSlots);
-  const std::uint32_t allowed = std::min(slots_within(table_, std::max(most, least)), num_slots_);
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
   const std::uint32_t before = num_usable_;
-  num_usable_ = allowed;
-  allocated_bytes_ = needed_bytes(table_, allowed);
-  num_filled_ = std::min(num_filled_, allowed);
-  residency_.set_limit(allowed);
-  for (std::uint32_t slot = allowed; slot < before; ++slot)
+  set_limit(most);
+  num_filled_ = std::min<std::uint32_t>(num_filled_, num_usable_);
+  for (std::uint32_t slot = num_usable_; slot < before; ++slot)
     if (residency_.state(slot) == SlotState::empty) give_back(slot);
   start_wanted();
   changed_.notify_all();
   return allocated_bytes_;
+}
+
+void ExpertCache::set_limit(std::uint64_t most) {
+  const std::uint64_t least = needed_bytes(table_, kLeastSlots);
+  num_usable_ = std::min(slots_within(table_, std::max(most, least)), num_slots_);
+  allocated_bytes_ = needed_bytes(table_, num_usable_);
+  residency_.set_limit(num_usable_);
 }
 
 std::uint64_t ExpertCache::filled_bytes() const {

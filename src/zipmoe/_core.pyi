@@ -97,13 +97,15 @@ class ExpertCache:
         matrices: NDArray[np.uint64],
         *,
         capacity_bytes: int,
+        limit_bytes: int = 0,
         reader: str = "",
         isa: str = "",
         policy: str = "",
         request_bytes: int = 0,
         depth: int = 0,
     ) -> None:
-        """capacity_bytes: all that it may allocate. reader "": io_uring if it works, else pread.
+        """capacity_bytes: all that it may ever allocate. limit_bytes: see `limit`, to begin with; 0:
+        the capacity. So much is touched at once. reader "": io_uring if it works, else pread.
 
         policy: which expert goes when a slot is needed, one of `policies()` that need not be told
         anything beforehand; "": "request".

@@ -11,7 +11,7 @@ import contextlib
 import re
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -227,9 +227,8 @@ class ZipmoeQuantizer(HfQuantizer):
             skeleton = bind_skeleton(model, store, self.options, self.base_bytes)
             memory = self.options.memory or budget.available_memory().budget
             report = budget.plan(skeleton.needs, memory)
-            if report.promised - report.total >= skeleton.dense.rows_bytes:
-                report = replace(report, dense=report.dense + skeleton.dense.rows_bytes)
-                skeleton.dense.rows_only.clear()  # every expert has its place: there is room
+            if report.dense > skeleton.needs.dense:  # every expert has its place: there is room
+                skeleton.dense.rows_only.clear()
             self._dense = DenseFile(skeleton.tensors, store.read_dense)
             skeleton.dense.load(store, skeleton.source.engine)
             self._runtime, self._skeleton = Runtime(skeleton, report, store), skeleton
@@ -262,10 +261,10 @@ class ZipmoeQuantizer(HfQuantizer):
             self._skeleton.paths,
             self._skeleton.table,
             capacity_bytes=capacity,
+            limit_bytes=report.cache,
             policy=self.options.policy,
             **self._reading(),
         )
-        cache.limit(report.cache)
         runtime.lending = Lending(cache, capacity, report, self._skeleton.demand)
         floor = _core.ExpertCache.floor_bytes(self._skeleton.table)
         runtime.watch = Watch(runtime.lending, report, floor).start()

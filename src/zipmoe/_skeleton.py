@@ -91,6 +91,7 @@ def bind_skeleton(model: Any, store: Any, options: LoadOptions, base_bytes: int)
         cache_floor=floor,
         cache_all=floor + _all_experts_bytes(table),
         loading=max(transient, dense.loading_bytes),
+        on_drive=dense.rows_bytes,
     )
     sizes = _model_sizes(model, store, dense, table, top_k=shape.top_k)
     sizes = replace(sizes, state_bytes=demand.states.linear)

@@ -209,6 +209,7 @@ class Needs:
     cache_floor: int  # least expert cache
     cache_all: int  # expert cache that holds every expert
     loading: int = 0  # held while loading only, besides base and dense
+    on_drive: int = 0  # dense weights that are in memory only if every expert is
 
     @property
     def floor(self) -> int:
@@ -273,10 +274,11 @@ def plan(needs: Needs, memory_bytes: int) -> MemoryReport:
             floor_bytes=floor,
         )
     rest = memory_bytes - needs.base - needs.dense - needs.kv - needs.scratch
+    all_fit = rest - needs.on_drive >= max(needs.cache_all, needs.cache_floor)
     return MemoryReport(
         promised=memory_bytes,
         base=needs.base,
-        dense=needs.dense,
+        dense=needs.dense + (needs.on_drive if all_fit else 0),
         kv=needs.kv,
         scratch=needs.scratch,
         cache=min(rest, max(needs.cache_all, needs.cache_floor)),

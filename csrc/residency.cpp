@@ -36,11 +36,21 @@ void Residency::end_visit(std::uint32_t expert) {
 }
 
 void Residency::list(const LayerList& wanted) {
-  ++list_number_;
   policy_->begin_layer(wanted.layer, wanted.num_tokens);
+  await(wanted.experts);
+}
+
+void Residency::resume(std::uint32_t layer, std::span<const std::uint32_t> experts) {
+  policy_->return_to(layer);
+  for (const std::uint32_t expert : experts) experts_[expert].visiting = true;
+  await(experts);
+}
+
+void Residency::await(std::span<const std::uint32_t> experts) {
+  ++list_number_;
   for (const std::uint32_t expert : listed_) tell_policy(expert);
   expect({});
-  listed_.assign(wanted.experts.begin(), wanted.experts.end());
+  listed_.assign(experts.begin(), experts.end());
   for (const std::uint32_t expert : listed_) {
     experts_[expert].listed = list_number_;
     tell_policy(expert);

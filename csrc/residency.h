@@ -44,6 +44,9 @@ class Residency {
   // The experts wanted next; their visits do not begin by this. Forgets the list before; visits
   // under way stay so.
   void list(const LayerList& wanted);
+  // The same of experts whose visits had begun and were ended before their time: they go on, and
+  // nobody is told once more.
+  void resume(std::uint32_t layer, std::span<const std::uint32_t> experts);
   [[nodiscard]] bool is_awaited(std::uint32_t expert) const;
   // Those that the list after this one may name. They are kept until it comes, unless nothing else
   // is left to go.
@@ -79,6 +82,7 @@ class Residency {
     SlotState state = SlotState::empty;
   };
 
+  void await(std::span<const std::uint32_t> experts);
   void tell_policy(std::uint32_t expert);
   [[nodiscard]] std::optional<std::uint32_t> find_victim(Victim victim) const;
   [[nodiscard]] std::optional<std::uint32_t> last_to_go(

@@ -110,6 +110,9 @@ class Runtime:
         self.blocks: list[NativeBlock] = []  # what runs in one call each
         self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
         self.compute = "torch" if source.engine is None else "native"
+        # A pass without a past begins a request that runs alone. Whoever runs several together sets
+        # this to False, and tells the cache of each (`cache.begin_request(share)`).
+        self.announces_requests = True
 
     @property
     def cache(self) -> Any:

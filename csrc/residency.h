@@ -15,7 +15,8 @@ enum class SlotState : std::uint8_t { empty, reading, resident };
 
 // What may be taken for a new expert, beyond empty slots: never one that is pinned or being read.
 enum class Victim {
-  idle,  // only experts that nobody is known to want
+  idle,  // only experts that nobody is known to want, and as long as what has been read beforehand
+         // does not crowd the slots
   any,   // if nothing else is left, those of the latest list and those expected after it too
 };
 
@@ -80,6 +81,7 @@ class Residency {
     std::uint32_t expert = 0;  // meaningless while empty
     std::uint32_t num_pins = 0;
     SlotState state = SlotState::empty;
+    bool is_fresh = false;  // no visit has ended since it was read
   };
 
   void await(std::span<const std::uint32_t> experts);
@@ -88,6 +90,7 @@ class Residency {
   [[nodiscard]] std::optional<std::uint32_t> last_to_go(
       std::span<const std::uint32_t> experts) const;
   [[nodiscard]] bool may_go(std::uint32_t expert) const;
+  [[nodiscard]] bool is_crowded() const;
 
   std::unique_ptr<Policy> policy_;
   std::vector<Expert> experts_;

@@ -116,6 +116,9 @@ class Runtime:
         self.watch: Watch | None = None
         self.lending: Lending | None = None
         self.compute = "torch" if self.source.engine is None else "native"
+        # A pass without a past begins a request that runs alone. Whoever runs several together sets
+        # this to False, and tells the cache of each (`cache.begin_request(share)`).
+        self.announces_requests = True
 
     def admit(self, tokens: int, sequences: int = 1) -> None:
         """Raise BudgetError for sequences that need more memory than was set aside for them.

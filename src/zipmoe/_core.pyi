@@ -104,7 +104,7 @@ class ExpertCache:
         request_bytes: int = 0,
         depth: int = 0,
     ) -> None:
-        """capacity_bytes: all that it may ever allocate. reader "": io_uring if it works, else pread.
+        """capacity_bytes: most that it may allocate. reader "": io_uring if it works, else pread.
 
         limit_bytes: see `limit`, to begin with; 0: the capacity. So much is touched at once.
         policy: which expert goes when a slot is needed, one of `policies()` that need not be told

@@ -32,7 +32,7 @@ def begins_request(inputs: dict[str, Any]) -> bool:
 def announce_request(model: Any, _: Any, inputs: dict[str, Any]) -> None:
     """Tell the expert cache when a request begins. A hook before the model's forward pass."""
     if begins_request(inputs):
-        model.zipmoe.cache.begin_request()
+        model.zipmoe.begin_request()
 
 
 class RoutingRecording:

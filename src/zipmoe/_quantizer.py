@@ -110,16 +110,14 @@ class Runtime:
         self.blocks: list[NativeBlock] = []  # what runs in one call each
         self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
         self.compute = "torch" if source.engine is None else "native"
-        self.running = 1  # requests side by side (zipmoe.streams)
+        # A pass without a past begins a request that runs alone. Whoever runs several together sets
+        # this to False, and tells the cache of each (`cache.begin_request(share)`).
+        self.announces_requests = True
 
     @property
     def cache(self) -> Any:
         """The expert cache (`zipmoe._core.ExpertCache`)."""
         return self.source.cache
-
-    def begin_request(self) -> None:
-        """Tell the expert cache that one of the running requests begins."""
-        self.cache.begin_request(1 / self.running)
 
     def engaged(self) -> dict[str, str]:
         """Say what is at work: compute, codec, instruction set, reader.

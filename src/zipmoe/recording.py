@@ -30,9 +30,12 @@ def begins_request(inputs: dict[str, Any]) -> bool:
 
 
 def announce_request(model: Any, _: Any, inputs: dict[str, Any]) -> None:
-    """Tell the expert cache when a request begins. A hook before the model's forward pass."""
-    if begins_request(inputs):
-        model.zipmoe.begin_request()
+    """Tell the expert cache when a request begins. A hook before the model's forward pass.
+
+    It knows of one request at a time: see `Runtime.announces_requests`.
+    """
+    if model.zipmoe.announces_requests and begins_request(inputs):
+        model.zipmoe.cache.begin_request()
 
 
 class RoutingRecording:

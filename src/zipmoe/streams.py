@@ -1,8 +1,11 @@
 """Sequences in progress, side by side: the model's side of continuous batching.
 
 A stream is a sequence with a KV cache of its own. One decode step takes any streams a token
-further. With compute="native" no bit of a stream's logits depends on the others, on the order in
-which they came, or on the memory granted; with compute="torch" they are only close to it.
+further: in one pass where all attention of the model is native and sees the whole sequence
+(`Streams.is_ragged`), so that dense weights and each distinct expert are read and decoded once for
+all; one after the other where states are latent, recurrent or slide. With compute="native" no bit
+of a stream's logits depends on the others, on who came or went before, or on the memory granted.
+With compute="torch" streams take turns, and only what torch promises holds.
 """
 
 from __future__ import annotations
@@ -11,14 +14,17 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from zipmoe import kv
+from zipmoe.blocks import NativeAttention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from zipmoe.model import Loaded
@@ -33,28 +39,45 @@ class Stream:
         self.cache = cache  # None: the model makes one
         self.tokens: list[int] = []
         self.is_open = True
+        self._places: NDArray[np.int64] | None = None  # [layers, kv.PLACE], as long as they hold
+        self._room = 0
 
     @property
     def length(self) -> int:
         """Count the tokens."""
         return len(self.tokens)
 
+    def places(self) -> NDArray[np.int64]:
+        """Describe a cache that grows in place, with room for one more token, and counting it."""
+        places, length = self._places, len(self.tokens)
+        if places is None or length >= self._room:
+            self.settle()
+            layers = self.cache.layers
+            places = self._places = np.array([layer.reserve(1) for layer in layers], np.int64)
+            self._room = min(layer.capacity for layer in layers)
+        places[:, -1] = length + 1
+        return places
+
+    def settle(self) -> None:
+        """Let a cache's layers know of the tokens that shared steps have put into their rooms."""
+        if self._places is not None:
+            for layer in self.cache.layers:
+                layer.resize(len(self.tokens))
+            self._places = None
+
 
 class Streams:
-    """The streams of one model. Several threads may use it, one stream belongs to one at a time."""
+    """The streams of one model. Several threads may use it; a stream belongs to one at a time."""
 
     def __init__(self, loaded: Loaded) -> None:
         self._model, self._runtime = loaded.model, loaded.runtime
         self._context, self._report = loaded.context, loaded.memory
+        self._runtime.announces_requests = False  # it would take each for the only one
         self._prefilling: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._decoding: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._last_only = {"logits_to_keep": 1} if self._model._supports_logits_to_keep() else {}
-
-    @property
-    def is_ragged(self) -> bool:
-        """Tell whether a step of several streams is one pass; if not, they take turns."""
-        return False
+        self.is_ragged = _is_ragged(self._model, self._new_cache())
 
     def open(self) -> Stream:
         """Begin an empty sequence."""
@@ -70,8 +93,8 @@ class Streams:
     def prefill(self, stream: Stream, token_ids: list[int]) -> Tensor:
         """Append tokens; give the logits [vocabulary] after the last one, FP32.
 
-        A request begins with it. If it fails, the stream is as it was before, as far as its family
-        can go back (see `truncate`).
+        A request begins with it, for the expert cache too. If it fails, the stream is as it was
+        before, as far as its family can go back (see `truncate`).
 
         Raises
         ------
@@ -85,10 +108,9 @@ class Streams:
             raise ValueError("a prefill needs at least one token")
         with self._lock:
             self._prefilling.add(stream)
-            self._runtime.running = len({*self._prefilling, *self._decoding})
-        if stream.tokens:
-            self._runtime.begin_request()  # otherwise the model's own hook does
+            running = len({*self._prefilling, *self._decoding})
         try:
+            self._runtime.cache.begin_request(1 / running)
             return self._forward(stream, token_ids)
         finally:
             with self._lock:
@@ -114,15 +136,9 @@ class Streams:
             raise ValueError("a stream begins with a prefill")
         with self._lock:
             self._decoding = weakref.WeakSet(streams)
-        lengths = [stream.length for stream in streams]
-        try:
-            rows = [self._forward(s, [t]) for s, t in zip(streams, token_ids, strict=True)]
-        except BaseException:
-            for stream, length in zip(streams, lengths, strict=True):
-                if stream.length > length:
-                    self._go_back(stream, length)
-            raise
-        return torch.stack(rows)
+        if self.is_ragged:
+            return self._step_together(streams, token_ids)
+        return self._step_in_turns(streams, token_ids)
 
     def truncate(self, stream: Stream, length: int) -> int:
         """Forget all but the first `length` tokens; return how many are left.
@@ -139,7 +155,7 @@ class Streams:
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes of a sequence of that many tokens: its KV cache, and the scratch of its prefill."""
-        part = -(-(tokens + 256) // self._context)
+        part = -(-kv.room(tokens) // self._context)
         return (self._report.kv + self._report.scratch) * max(part, 1)
 
     def step_bytes(self, streams: int) -> int:
@@ -150,10 +166,13 @@ class Streams:
         if not self._model._supports_default_dynamic_cache():
             return None
         cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-        kv.grow_in_place(cache)
+        if self._runtime.compute == "native":
+            kv.grow_in_place(cache)
         return cache
 
     def _forward(self, stream: Stream, token_ids: list[int]) -> Tensor:
+        """Run some tokens of one stream."""
+        stream.settle()
         try:
             out = self._model(
                 input_ids=torch.tensor([token_ids]),
@@ -168,19 +187,56 @@ class Streams:
         stream.tokens.extend(token_ids)
         return out.logits[0, -1].float()
 
+    def _step_together(self, streams: list[Stream], token_ids: list[int]) -> Tensor:
+        places = np.stack([stream.places() for stream in streams], axis=1)
+        held = [stream.cache for stream in streams]  # whoever closes one meanwhile
+        out = self._model(
+            input_ids=torch.tensor(token_ids).unsqueeze(1),
+            position_ids=torch.tensor([[stream.length] for stream in streams]),
+            past_key_values=kv.SharedStep(places),
+            use_cache=True,
+        )
+        del held
+        for stream, token in zip(streams, token_ids, strict=True):
+            stream.tokens.append(token)
+        return out.logits[:, -1].float()
+
+    def _step_in_turns(self, streams: list[Stream], token_ids: list[int]) -> Tensor:
+        lengths = [stream.length for stream in streams]
+        try:
+            rows = [self._forward(s, [t]) for s, t in zip(streams, token_ids, strict=True)]
+        except BaseException:
+            for stream, length in zip(streams, lengths, strict=True):
+                if stream.length > length:
+                    self._go_back(stream, length)
+            raise
+        return torch.stack(rows)
+
     def _go_back(self, stream: Stream, length: int) -> None:
         layers = getattr(stream.cache, "layers", None)
+        stream.settle()
         if length and layers is not None and all(map(_can_go_back, layers)):
             for layer in layers:
                 layer.crop(min(length - layer.get_seq_length(), 0))
             del stream.tokens[length:]
-        elif stream.tokens or stream.cache is not None:
+        else:
             stream.cache, stream.tokens = self._new_cache(), []
+
+
+def _is_ragged(model: Any, cache: Any) -> bool:
+    """Tell whether native attention can do all there is to attend to, whatever the lengths."""
+    layers = getattr(cache, "layers", ())
+    native = {m.layer_idx for m in model.modules() if isinstance(m, NativeAttention)}
+    # Rotations that depend on the longest sequence of a batch.
+    kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
+    depends = any("dynamic" in kind or "longrope" in kind for kind in kinds)
+    is_whole = all(type(layer) is kv.GrowingLayer for layer in layers)
+    return is_whole and not depends and native == {*range(len(layers))} != set()
 
 
 def _can_go_back(layer: Any) -> bool:
     if type(layer) is DynamicSlidingWindowLayer:
-        return layer.get_seq_length() < layer.sliding_window
+        return bool(layer.get_seq_length() < layer.sliding_window)
     return type(layer) in {DynamicLayer, kv.GrowingLayer}
 
 

@@ -57,8 +57,7 @@ KeyRun visible(const AttentionRule& rule, u64 keys, u64 row) {
   if (!rule.causal) return {0, static_cast<u32>(keys)};
   const std::int64_t number = rule.offset + static_cast<std::int64_t>(row);
   const auto clamped = [&](std::int64_t key) {
-    return static_cast<u32>(
-        std::clamp<std::int64_t>(key, 0, static_cast<std::int64_t>(keys)));
+    return static_cast<u32>(std::clamp<std::int64_t>(key, 0, static_cast<std::int64_t>(keys)));
   };
   const u32 end = clamped(number + 1);
   const u32 begin =

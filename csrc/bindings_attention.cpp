@@ -58,8 +58,9 @@ void bind_attention(nb::module_& m) {
              const Tensor& values, const Tensor& out, float scaling, float softcap, bool causal,
              std::int64_t offset, std::uint64_t window, const std::optional<Mask>& mask,
              const std::optional<Mask>& bias, const std::optional<Tensor>& sinks) {
-            const std::vector<CachedTokens> cached = sequences(
-                tensor_of<std::uint16_t>(keys), tensor_of<std::uint16_t>(values), shape[0], shape[4]);
+            const std::vector<CachedTokens> cached =
+                sequences(tensor_of<std::uint16_t>(keys), tensor_of<std::uint16_t>(values),
+                          shape[0], shape[4]);
             const AttentionInput input{
                 {shape[0], shape[1], shape[2], shape[3], widths[0], widths[1]},
                 tensor_of<const std::uint16_t>(queries),

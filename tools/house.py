@@ -38,6 +38,8 @@ RUNTIME = {
     "_quantizer",
     "_rehearsal",
     "_renaming",
+    "sampling",
+    "streams",
 }
 # The commands know both halves; the package's front door names what both offer.
 ABOVE = {"cli", "__main__", "__init__"}

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["PLACE", "GrowingLayer", "SharedLayer", "SharedStep", "attach", "grow_in_place", "room"]
+__all__ = [
+    "PLACE",
+    "GrowingLayer",
+    "NotSharedError",
+    "SharedLayer",
+    "SharedStep",
+    "attach",
+    "grow_in_place",
+    "room",
+]
 
 PLACE = 7  # numbers that describe a sequence's cache in one layer, the tokens being the last
 _STEP = 256  # tokens of room to begin with, and at each growth
@@ -156,6 +165,10 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
 
+class NotSharedError(ZipmoeError):
+    """A step of several sequences met attention that is not native."""
+
+
 class SharedLayer(CacheLayerMixin):
     """One layer of the caches of several sequences, each of its own length, for one more token.
 
@@ -190,10 +203,7 @@ class SharedLayer(CacheLayerMixin):
 
     def update(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse: nobody but native attention knows whose keys these are."""
-        raise ZipmoeError(
-            "a step of several sequences needs the model's own layers, and one has been changed: "
-            "run them one after the other"
-        )
+        raise NotSharedError("this attention cannot tell which keys are whose")
 
 
 class SharedStep(Cache):

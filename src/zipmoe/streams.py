@@ -137,7 +137,10 @@ class Streams:
         with self._lock:
             self._decoding = weakref.WeakSet(streams)
         if self.is_ragged:
-            return self._step_together(streams, token_ids)
+            try:
+                return self._step_together(streams, token_ids)
+            except kv.NotSharedError:  # a part that native attention does not take after all
+                self.is_ragged = False
         return self._step_in_turns(streams, token_ids)
 
     def truncate(self, stream: Stream, length: int) -> int:

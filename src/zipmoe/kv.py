@@ -209,13 +209,14 @@ class SharedLayer(CacheLayerMixin):
 class SharedStep(Cache):
     """The caches of several sequences as one, for a step of one token each.
 
-    places: int64 [layers, sequences, PLACE], with room for the new token and counting it.
+    caches: of each sequence; it keeps them. places: int64 [layers, sequences, PLACE], with room for
+    the new token and counting it.
     """
 
-    def __init__(self, places: NDArray[np.int64]) -> None:
+    def __init__(self, caches: Sequence[Cache], places: NDArray[np.int64]) -> None:
         assert places.flags.c_contiguous
         assert places.dtype == np.int64
-        self._places = places
+        self.caches, self._places = caches, places
         address, layer_bytes = places.ctypes.data, places[0].nbytes
         longest = int(places[0, :, -1].max()) - 1
         super().__init__(

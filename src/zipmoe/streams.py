@@ -192,14 +192,12 @@ class Streams:
 
     def _step_together(self, streams: list[Stream], token_ids: list[int]) -> Tensor:
         places = np.stack([stream.places() for stream in streams], axis=1)
-        held = [stream.cache for stream in streams]  # whoever closes one meanwhile
         out = self._model(
             input_ids=torch.tensor(token_ids).unsqueeze(1),
             position_ids=torch.tensor([[stream.length] for stream in streams]),
-            past_key_values=kv.SharedStep(places),
+            past_key_values=kv.SharedStep([stream.cache for stream in streams], places),
             use_cache=True,
         )
-        del held
         for stream, token in zip(streams, token_ids, strict=True):
             stream.tokens.append(token)
         return out.logits[:, -1].float()

@@ -228,6 +228,24 @@ def test_a_closed_stream_frees_its_memory(family_store: Any) -> None:
         streams.decode([kept], [1])
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_what_a_stream_takes_is_within_what_is_said(name: str, family_store: Any) -> None:
+    with zipmoe.load(family_store(name), memory="64GB", context=512) as loaded:
+        streams = Streams(loaded)
+        for tokens in (1, 255, 256, 600):
+            stream = streams.open()
+            streams.prefill(stream, [5] * tokens)
+            spaces = [space for layer in stream.cache.layers for space in layer._rooms]
+            taken = sum(space.nbytes for space in spaces)
+            assert taken + 2 * max(space.nbytes for space in spaces) <= streams.kv_bytes(tokens)
+            if streams.is_ragged:
+                assert streams.kv_bytes(tokens) <= 2 * taken
+            scratch = streams.bytes_for(tokens) - streams.kv_bytes(tokens)
+            assert scratch == loaded.memory.scratch * (2 if tokens == 600 else 1)
+        vocabulary = loaded.model.config.vocab_size
+        assert streams.step_bytes(16) >= loaded.memory.scratch + 16 * vocabulary * 4
+
+
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "qwen3_next"])
 def test_a_step_that_fails_leaves_no_trace(name: str, family_store: Any) -> None:
     rng = random.Random(5)

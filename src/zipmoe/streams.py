@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from zipmoe import kv
+from zipmoe._errors import UnsupportedModelError
 from zipmoe.blocks import NativeAttention
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Streams:
 
     def __init__(self, loaded: Loaded) -> None:
         self._model, self._runtime = loaded.model, loaded.runtime
-        self._context, self._report = loaded.context, loaded.memory
+        if not self._model.can_generate():
+            raise UnsupportedModelError(f"{type(self._model).__name__} does not generate text")
         self._runtime.announces_requests = False  # it would take each for the only one
         self._prefilling: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._decoding: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -157,13 +159,30 @@ class Streams:
         return stream.length
 
     def bytes_for(self, tokens: int) -> int:
-        """Bytes of a sequence of that many tokens: its KV cache, and the scratch of its prefill."""
-        part = -(-kv.room(tokens) // self._context)
-        return (self._report.kv + self._report.scratch) * max(part, 1)
+        """Bound the bytes of a sequence of that many tokens: its KV cache, and scratch to read it.
+
+        The scratch is that of a prompt of the whole context, or of several.
+        """
+        contexts = max(1, -(-tokens // self._runtime.context))
+        return self.kv_bytes(tokens) + contexts * self._runtime.report.scratch
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bound the bytes of a sequence's KV cache, rooms and their growth included."""
+        if not self.is_ragged:
+            contexts = max(1, -(-tokens // self._runtime.context))
+            return contexts * self._runtime.report.kv
+        layers = [
+            2 * kv_heads * width * torch.bfloat16.itemsize
+            for _, kv_heads, width, _ in (m.heads for m in _native_attentions(self._model))
+        ]
+        return kv.room(tokens) * (sum(layers) + max(layers))
 
     def step_bytes(self, streams: int) -> int:
-        """Bytes that a decode step of that many streams takes besides what they hold."""
-        return self._report.scratch * -(-streams // self._context)
+        """Bound the bytes that a decode step of that many streams takes besides what they hold."""
+        most = self._model.config.get_text_config(decoder=True).vocab_size
+        logits = streams * most * (torch.bfloat16.itemsize + 2 * torch.float32.itemsize)
+        contexts = max(1, -(-streams // self._runtime.context))
+        return contexts * self._runtime.report.scratch + logits
 
     def _new_cache(self) -> Any:
         if not self._model._supports_default_dynamic_cache():
@@ -224,10 +243,14 @@ class Streams:
             stream.cache, stream.tokens = self._new_cache(), []
 
 
+def _native_attentions(model: Any) -> list[NativeAttention]:
+    return [module for module in model.modules() if isinstance(module, NativeAttention)]
+
+
 def _is_ragged(model: Any, cache: Any) -> bool:
     """Tell whether native attention can do all there is to attend to, whatever the lengths."""
     layers = getattr(cache, "layers", ())
-    native = {m.layer_idx for m in model.modules() if isinstance(m, NativeAttention)}
+    native = {module.layer_idx for module in _native_attentions(model)}
     # Rotations that depend on the longest sequence of a batch.
     kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
     depends = any("dynamic" in kind or "longrope" in kind for kind in kinds)

@@ -22,10 +22,12 @@ constexpr u64 kScoreBytes = u64{1} << 20;
 constexpr u32 kTurnFrom = 4;
 
 // Rows of a key/value head in one piece, counted as (query, head of the group), heads first.
-u32 rows_per_piece(const AttentionShape& shape, unsigned threads) {
+u32 rows_per_piece(const AttentionInput& input, unsigned threads) {
+  const AttentionShape& shape = input.shape;
   const u64 rows = shape.queries * (shape.heads / shape.kv_heads);
-  const u64 fitting =
-      std::max<u64>(kScoreBytes / (sizeof(float) * std::max<u64>(shape.keys, 1)), kTurnFrom);
+  u64 most = 1;
+  for (const CachedTokens& cached : input.cached) most = std::max(most, cached.count);
+  const u64 fitting = std::max<u64>(kScoreBytes / (sizeof(float) * most), kTurnFrom);
   const u64 pairs = shape.batch * shape.kv_heads;
   // Few heads: smaller pieces rather than idle threads.
   const u64 wanted = (rows * pairs + threads - 1) / threads;
@@ -36,7 +38,11 @@ void check(const AttentionInput& input, const AttentionRule& rule) {
   const AttentionShape& shape = input.shape;
   if (shape.kv_heads == 0 || shape.heads % shape.kv_heads != 0)
     throw std::invalid_argument("the query heads are no multiple of the key heads");
-  if (shape.keys >= std::numeric_limits<u32>::max()) throw std::invalid_argument("too many keys");
+  if (input.cached.size() != shape.batch)
+    throw std::invalid_argument("sequences without keys of their own");
+  for (const CachedTokens& cached : input.cached)
+    if (cached.count >= std::numeric_limits<u32>::max())
+      throw std::invalid_argument("too many keys");
   if (rule.bias.data != nullptr && rule.bias.type == MaskType::boolean)
     throw std::invalid_argument("a bias is not boolean");
   if (rule.window != 0 && !rule.causal) throw std::invalid_argument("a window without causal");
@@ -52,6 +58,7 @@ class Attention::Tile {
   void run(const AttentionInput& input, const AttentionRule& rule, u64 batch, u64 kv_head,
            u64 first_row, u32 count, const HeadTensor<u16>& out) {
     input_ = &input;
+    cached_ = &input.cached[batch];
     rule_ = &rule;
     batch_ = batch;
     kv_head_ = kv_head;
@@ -88,12 +95,17 @@ class Attention::Tile {
   u32 query_stride() const { return padded_words(input_->shape.key_width); }
   u32 total_stride() const { return padded_words(input_->shape.value_width); }
   HeadRows keys(u32 begin, u32 end) const {
-    return {input_->keys.at(batch_, kv_head_, begin), input_->keys.row, end - begin,
-            input_->shape.key_width};
+    return rows_of(cached_->keys, cached_->key_head, cached_->key_row, begin, end,
+                   input_->shape.key_width);
   }
   HeadRows values(u32 begin, u32 end) const {
-    return {input_->values.at(batch_, kv_head_, begin), input_->values.row, end - begin,
-            input_->shape.value_width};
+    return rows_of(cached_->values, cached_->value_head, cached_->value_row, begin, end,
+                   input_->shape.value_width);
+  }
+  HeadRows rows_of(const u16* data, std::ptrdiff_t head, std::ptrdiff_t row, u32 begin, u32 end,
+                   u32 width) const {
+    return {data + static_cast<std::ptrdiff_t>(kv_head_) * head + begin * row, row, end - begin,
+            width};
   }
 
   void collect_rows(u64 first_row);
@@ -106,6 +118,7 @@ class Attention::Tile {
 
   const AttentionKernels& kernels_;
   const AttentionInput* input_ = nullptr;
+  const CachedTokens* cached_ = nullptr;  // of the sequence
   const AttentionRule* rule_ = nullptr;
   u64 batch_ = 0, kv_head_ = 0;
   u32 count_ = 0;
@@ -137,7 +150,7 @@ void Attention::Tile::collect_rows(u64 first_row) {
       row.first_run = rows_[r - 1].first_run;
     } else {
       row.first_run = static_cast<u32>(runs_.size());
-      append_runs(*rule_, shape, batch_, row.head, row.query, runs_);
+      append_runs(*rule_, cached_->count, batch_, row.head, row.query, runs_);
     }
     row.num_runs = static_cast<u32>(runs_.size()) - row.first_run;
     row.keys = 0;
@@ -293,7 +306,7 @@ void Attention::run(const AttentionInput& input, const AttentionRule& rule,
   const std::lock_guard one(mutex_);
   const auto workers = pool();
   while (tiles_.size() < workers->num_threads()) tiles_.push_back(std::make_unique<Tile>(kernels_));
-  const u32 per_piece = rows_per_piece(shape, workers->num_threads());
+  const u32 per_piece = rows_per_piece(input, workers->num_threads());
   const u64 pieces = (rows + per_piece - 1) / per_piece;
   workers->run(pieces * shape.batch * shape.kv_heads, 1, [&](unsigned thread, u64 begin, u64 end) {
     for (u64 i = begin; i < end; ++i) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "attention_kernels.h"
@@ -24,8 +25,15 @@ struct HeadTensor {
   }
 };
 
+// The keys and values of one sequence: [kv_heads, count, width] each, strides in elements.
+struct CachedTokens {
+  std::uint16_t *keys, *values;
+  std::ptrdiff_t key_head, key_row, value_head, value_row;
+  std::uint64_t count;
+};
+
 struct AttentionShape {
-  std::uint64_t batch, heads, kv_heads, queries, keys;  // heads: a multiple of kv_heads
+  std::uint64_t batch, heads, kv_heads, queries;  // heads: a multiple of kv_heads
   std::uint32_t key_width, value_width;
 };
 
@@ -59,9 +67,11 @@ struct AttentionRule {
   AttentionSinks sinks;
 };
 
+// Sequences of a batch share nothing: each attends to its own keys, however many they are.
 struct AttentionInput {
   AttentionShape shape;
-  HeadTensor<const std::uint16_t> queries, keys, values;
+  HeadTensor<const std::uint16_t> queries;
+  std::span<const CachedTokens> cached;  // of each sequence; is only read
 };
 
 class Attention {

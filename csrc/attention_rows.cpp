@@ -53,12 +53,11 @@ void runs_where(const Allowed& allowed, u32 from, u32 to, std::vector<KeyRun>& r
 constexpr float kLowestBf16 = -3.3895313892515355e38F;
 constexpr float kLowestFloat = -3.4028234663852886e38F;
 
-KeyRun visible(const AttentionRule& rule, const AttentionShape& shape, u64 row) {
-  if (!rule.causal) return {0, static_cast<u32>(shape.keys)};
+KeyRun visible(const AttentionRule& rule, u64 keys, u64 row) {
+  if (!rule.causal) return {0, static_cast<u32>(keys)};
   const std::int64_t number = rule.offset + static_cast<std::int64_t>(row);
   const auto clamped = [&](std::int64_t key) {
-    return static_cast<u32>(
-        std::clamp<std::int64_t>(key, 0, static_cast<std::int64_t>(shape.keys)));
+    return static_cast<u32>(std::clamp<std::int64_t>(key, 0, static_cast<std::int64_t>(keys)));
   };
   const u32 end = clamped(number + 1);
   const u32 begin =
@@ -68,9 +67,9 @@ KeyRun visible(const AttentionRule& rule, const AttentionShape& shape, u64 row) 
 
 }  // namespace
 
-void append_runs(const AttentionRule& rule, const AttentionShape& shape, u64 batch, u64 head,
-                 u64 row, std::vector<KeyRun>& runs) {
-  const auto [from, to] = visible(rule, shape, row);
+void append_runs(const AttentionRule& rule, u64 keys, u64 batch, u64 head, u64 row,
+                 std::vector<KeyRun>& runs) {
+  const auto [from, to] = visible(rule, keys, row);
   if (from == to) return;
   const AttentionMask& mask = rule.mask;
   if (mask.data == nullptr) {

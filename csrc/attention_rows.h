@@ -14,8 +14,8 @@ struct KeyRun {
   std::uint32_t begin, end;
 };
 
-// Appends the runs of keys that query `row` of a head may see, in ascending order.
-void append_runs(const AttentionRule& rule, const AttentionShape& shape, std::uint64_t batch,
+// Appends the runs of `keys` keys that query `row` of a head may see, in ascending order.
+void append_runs(const AttentionRule& rule, std::uint64_t keys, std::uint64_t batch,
                  std::uint64_t head, std::uint64_t row, std::vector<KeyRun>& runs);
 
 // Adds the mask's value for each key of `runs`, in order, to out[0], out[1], ...

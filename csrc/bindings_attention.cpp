@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "attention.h"
 #include "bindings.h"
@@ -26,6 +27,17 @@ AttentionSinks sinks_of(const std::optional<Tensor>& sinks) {
   if (!sinks) return {};
   const auto& [address, strides] = *sinks;
   return {reinterpret_cast<const float*>(address), strides[0], strides[1], strides[2]};
+}
+
+// Those of a batch that lie in one tensor.
+std::vector<CachedTokens> sequences(const HeadTensor<std::uint16_t>& keys,
+                                    const HeadTensor<std::uint16_t>& values, std::uint64_t batch,
+                                    std::uint64_t count) {
+  std::vector<CachedTokens> cached;
+  for (std::uint64_t b = 0; b < batch; ++b)
+    cached.push_back({keys.at(b, 0, 0), values.at(b, 0, 0), keys.head, keys.row, values.head,
+                      values.row, count});
+  return cached;
 }
 
 }  // namespace
@@ -46,11 +58,13 @@ void bind_attention(nb::module_& m) {
              const Tensor& values, const Tensor& out, float scaling, float softcap, bool causal,
              std::int64_t offset, std::uint64_t window, const std::optional<Mask>& mask,
              const std::optional<Mask>& bias, const std::optional<Tensor>& sinks) {
+            const std::vector<CachedTokens> cached =
+                sequences(tensor_of<std::uint16_t>(keys), tensor_of<std::uint16_t>(values),
+                          shape[0], shape[4]);
             const AttentionInput input{
-                {shape[0], shape[1], shape[2], shape[3], shape[4], widths[0], widths[1]},
+                {shape[0], shape[1], shape[2], shape[3], widths[0], widths[1]},
                 tensor_of<const std::uint16_t>(queries),
-                tensor_of<const std::uint16_t>(keys),
-                tensor_of<const std::uint16_t>(values)};
+                cached};
             const AttentionRule rule{scaling, softcap,       causal,        offset,
                                      window,  mask_of(mask), mask_of(bias), sinks_of(sinks)};
             nb::gil_scoped_release release;

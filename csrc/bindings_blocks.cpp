@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -58,20 +59,24 @@ Projection projection_of(HeldAttention& held, const BiasedMatrix& part) {
 using HeldLayer = Held<DecoderLayer>;
 
 // What Python knows of the new tokens and of the cache: see AttentionCall.
-using Step = std::tuple<std::uint64_t, std::uint64_t, Tensor, Tensor, std::uint32_t, Tensor, Tensor,
-                        std::uint64_t, bool, std::optional<Mask>>;
+using Step = std::tuple<std::uint64_t, std::uint64_t, Tensor, Tensor, std::uint32_t, Address, bool,
+                        std::optional<Mask>>;
+
+// Python writes them as rows of seven int64.
+static_assert(sizeof(CachedTokens) == 7 * sizeof(std::int64_t));
 
 AttentionCall call_of(Address x, const Step& step) {
-  const auto& [batch, queries, cos, sin, rotated, keys, values, begin, causal, mask] = step;
+  const auto& [batch, queries, cos, sin, rotated, caches, causal, mask] = step;
+  const std::span cached(at<const CachedTokens>(caches), batch);
+  for (const CachedTokens& tokens : cached)
+    if (tokens.count < queries) throw std::invalid_argument("a cache without the new tokens");
   return {batch,
           queries,
           at<const std::uint16_t>(x),
           tensor_of<const std::uint16_t>(cos),
           tensor_of<const std::uint16_t>(sin),
           rotated,
-          tensor_of<std::uint16_t>(keys),
-          tensor_of<std::uint16_t>(values),
-          begin,
+          cached,
           causal,
           mask_of(mask)};
 }

@@ -96,11 +96,9 @@ void Engine::run_attention(const AttentionBlock& block, const AttentionCall& cal
   const auto* queries = reinterpret_cast<const std::uint16_t*>(heads_[0].data());
   auto* attended = grown<std::uint16_t>(attended_, tokens * inner);
   const AttentionInput input{
-      {call.batch, block.heads, block.kv_heads, call.queries, call.begin + call.queries,
-       block.width, block.width},
+      {call.batch, block.heads, block.kv_heads, call.queries, block.width, block.width},
       {queries, stride(call.queries * inner), stride(width), stride(inner)},
-      {call.keys.data, call.keys.batch, call.keys.head, call.keys.row},
-      {call.values.data, call.values.batch, call.values.head, call.values.row}};
+      call.cached};
   AttentionRule rule;
   rule.scaling = block.scaling;
   rule.causal = call.causal;
@@ -141,6 +139,11 @@ void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call)
              [&](unsigned, std::uint64_t first, std::uint64_t last) {
                for (std::uint64_t t = first; t < last; ++t) {
                  const std::uint64_t b = t / call.queries, q = t % call.queries;
+                 const CachedTokens& cached = call.cached[b];
+                 const auto place = [&](std::uint16_t* data, std::ptrdiff_t head,
+                                        std::ptrdiff_t token, std::uint64_t h) {
+                   return data + at(h) * head + at(cached.count - call.queries + q) * token;
+                 };
                  const auto row = [&](std::size_t m, std::uint64_t heads) {
                    return reinterpret_cast<std::uint16_t*>(heads_[m].data()) +
                           at(t * heads * width);
@@ -156,8 +159,10 @@ void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call)
                  for (std::uint64_t h = 0; h < block.heads; ++h) rotate(queries + h * width);
                  for (std::uint64_t h = 0; h < block.kv_heads; ++h) {
                    rotate(keys + h * width);
-                   std::copy_n(keys + h * width, width, call.keys.at(b, h, call.begin + q));
-                   std::copy_n(values + h * width, width, call.values.at(b, h, call.begin + q));
+                   std::copy_n(keys + h * width, width,
+                               place(cached.keys, cached.key_head, cached.key_row, h));
+                   std::copy_n(values + h * width, width,
+                               place(cached.values, cached.value_head, cached.value_row, h));
                  }
                }
              });

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <span>
 
 #include "attention.h"
 #include "matmul.h"
@@ -41,10 +42,9 @@ struct AttentionCall {
   // Of each new token's position; `rotated` words of a head are.
   HeadTensor<const std::uint16_t> cos, sin;
   std::uint32_t rotated;
-  // The cache, [batch, kv_heads, tokens, width]: new tokens are written behind `begin` old ones.
-  HeadTensor<std::uint16_t> keys, values;
-  std::uint64_t begin;
-  bool causal;  // as far as `mask` does not say it; begin is 0 then
+  // The cache of each sequence. New tokens, the last ones that are counted, are written into it.
+  std::span<const CachedTokens> cached;
+  bool causal;  // as far as `mask` does not say it; there are no old tokens then
   AttentionMask mask;
 };
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import zipmoe
 from zipmoe._errors import TraceError
 from zipmoe.recording import RoutingRecording
+from zipmoe.streams import Streams
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,6 +93,28 @@ def test_each_sequence_of_a_batch_and_each_new_one_is_a_request(family_store: An
     assert trace.tokens.tolist() == [6, 6] + [1, 1] * 4 + [6, 1, 1, 1, 1, 6, 1]
     twice = trace.experts[:12].reshape(2, 6, trace.num_layers, trace.top_k)
     assert np.array_equal(twice[0], twice[1])
+
+
+def test_streams_side_by_side_are_the_requests_that_they_are(family_store: Any) -> None:
+    with (
+        zipmoe.load(family_store("qwen2_moe"), memory="64GB") as loaded,
+        RoutingRecording(loaded.model, loaded.runtime.source) as recording,
+    ):
+        streams = Streams(loaded)
+        opened = [streams.open() for _ in range(3)]
+        for stream in opened[:2]:
+            streams.prefill(stream, [5, 9, 2])
+        streams.decode(opened[1::-1], [7, 8])
+        streams.prefill(opened[2], [1])
+        streams.decode(opened, [3, 3, 3])
+        streams.prefill(opened[1], [1, 2])  # the conversation goes on
+        streams.truncate(opened[0], 0)
+        streams.prefill(opened[0], [4])
+        past = loaded.model(PROMPT, use_cache=True).past_key_values
+        loaded.model(PROMPT[:, :1], past_key_values=past)
+    trace = recording.trace()
+    assert trace.request.tolist() == [0, 1, 1, 0, 2, 0, 1, 2, 1, 3, 4, 4]
+    assert trace.tokens.tolist() == [3, 3, 1, 1, 1, 1, 1, 1, 2, 1, 6, 1]
 
 
 @pytest.mark.parametrize("compute", ["native", "torch"])

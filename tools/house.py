@@ -43,6 +43,8 @@ RUNTIME = {
     "_rehearsal",
     "_renaming",
     "_skeleton",
+    "sampling",
+    "streams",
 }
 # The commands know both halves; the package's front door names what both offer.
 ABOVE = {"cli", "__main__", "__init__"}

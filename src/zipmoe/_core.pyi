@@ -438,9 +438,9 @@ def rms_norm(
     """
 
 # What attention must know of new tokens: batch, queries; cos, sin, strides of batch, head (0) and
-# token, and how many words of a head they turn; the cache's keys and values, strides of batch, head
-# and token, and the number of old tokens, behind which new ones go; causal and mask as in
-# `Attention.run`.
+# token, and how many words of a head they turn; the address of int64 [batch, 7], of each sequence's
+# cache: addresses of keys and values, strides of head and token of keys, and of values, and how
+# many tokens there are with the new ones; causal and mask as in `Attention.run`.
 _Step: TypeAlias = tuple[Any, ...]
 _Norm: TypeAlias = tuple[NormKind, float, int, int, bool]
 

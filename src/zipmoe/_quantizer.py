@@ -310,7 +310,12 @@ def make_known() -> None:
 
 
 def _admit(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-    """Refuse a forward pass that its memory was not counted for. A hook before it."""
+    """Refuse a forward pass that its memory was not counted for. A hook before it.
+
+    Whoever runs several sequences together admits them (`Runtime.announces_requests`).
+    """
+    if not model.zipmoe.announces_requests:
+        return
     sequences, tokens = pass_shape(args, inputs)
     past = inputs.get("past_key_values")
     known = 0 if past is None else past.get_seq_length()

@@ -17,7 +17,7 @@ from zipmoe._expert_source import ExpertMatrix, ExpertSource
 from zipmoe._forwards import ATTENTIONS, MOE_BLOCKS, ROUTERS, MoeForward, fingerprint
 from zipmoe._native_block import NativeBlock, in_place_of, takes
 from zipmoe.gated import GatedBlock
-from zipmoe.kv import GrowingLayer
+from zipmoe.kv import GrowingLayer, SharedLayer
 from zipmoe.linear import PackedWeight
 from zipmoe.norm import RMSNorm
 
@@ -76,7 +76,7 @@ class NativeAttention(NativeBlock):
 
         Returns what the core must know of them, None where it cannot do it.
         """
-        layer = _growing_layer(cache, self.layer_idx)
+        layer = _placing_layer(cache, self.layer_idx)
         if (
             layer is None
             or _asks_more(kwargs)
@@ -90,29 +90,25 @@ class NativeAttention(NativeBlock):
         if (
             rotations is None
             or (is_causal and layer.get_seq_length())
-            or not (mask is None or (mask.dim() == 4 and mask.dtype in attention.MASK_TYPES))
+            or not (mask is None or _is_mask_of(mask, layer))
         ):
             return None
-        shape = (batch, kv_heads, queries, width)
-        begin = layer.extend(shape, shape, x)
-        keys, values = layer.keys, layer.values
+        at = layer.place((batch, kv_heads, queries, width), x)
         if mask is not None:
-            mask = attention.mask_strides(mask, (batch, heads, queries, begin + queries))
-        return (
-            batch,
-            queries,
-            *rotations,
-            (keys.data_ptr(), keys.stride()[:3]),
-            (values.data_ptr(), values.stride()[:3]),
-            begin,
-            is_causal,
-            mask,
-        )
+            mask = attention.mask_strides(mask, (batch, heads, queries, layer.get_seq_length()))
+        return batch, queries, *rotations, at, is_causal, mask
 
 
-def _growing_layer(cache: Any, number: int) -> GrowingLayer | None:
+def _is_mask_of(mask: torch.Tensor, layer: GrowingLayer | SharedLayer) -> bool:
+    """Tell whether the core can use a mask: sequences of a shared step have no common columns."""
+    return type(layer) is GrowingLayer and mask.dim() == 4 and mask.dtype in attention.MASK_TYPES
+
+
+def _placing_layer(cache: Any, number: int) -> GrowingLayer | SharedLayer | None:
     layers = getattr(cache, "layers", ())
     layer = layers[number] if number < len(layers) else None
+    if type(layer) is SharedLayer:
+        return layer
     if type(layer) is not GrowingLayer or (
         layer.is_initialized and layer.dtype is not torch.bfloat16
     ):

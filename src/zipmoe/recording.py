@@ -7,10 +7,12 @@ they belong to, and whose tokens it has.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from zipmoe.kv import SharedStep
 from zipmoe.routing import Recorder
 
 if TYPE_CHECKING:
@@ -42,14 +44,16 @@ class RoutingRecording:
     """Records what a model chooses while it is entered. One at a time.
 
     A forward pass that fails leaves no trace. Sequences of a batch are requests of their own, and
-    so is every pass without a past.
+    every pass without a past begins some; others belong to those whose KV cache they are given.
     """
 
     def __init__(self, model: nn.Module, source: ExpertSource) -> None:
         self._model, self._source = model, source
         num_experts = max(layer.experts for layer in source.layers)
         self._recorder = Recorder(num_experts, len(source.layers))
-        self._first_request, self._num_requests = 0, 0
+        self._requests: list[int] = []  # of the pass, one for each sequence
+        self._first_of: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._num_requests = 0
         self._chosen: dict[int, list[NDArray[np.int64]]] = {}
         self._hooks: list[Any] = []
         self.steps = 0
@@ -89,14 +93,31 @@ class RoutingRecording:
     def _begin(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         self._drain()
         self._chosen.clear()
-        if begins_request(inputs):
-            self._first_request += self._num_requests
-            self._num_requests = pass_shape(args, inputs)[0]
+        past, (batch, _) = inputs.get("past_key_values"), pass_shape(args, inputs)
+        if isinstance(past, SharedStep):
+            self._requests = [self._first(cache) for cache in past.caches]
+            return
+        first = self._new(past, batch) if begins_request(inputs) else self._first(past, batch)
+        self._requests = [first + row for row in range(batch)]
 
-    def _end(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any], __: Any) -> None:
+    def _first(self, cache: Any, batch: int = 1) -> int:
+        """Return the number of the first request whose KV cache this is."""
+        first = self._first_of.get(cache)
+        return self._new(cache, batch) if first is None else first  # it began before the recording
+
+    def _new(self, cache: Any, batch: int) -> int:
+        first, self._num_requests = self._num_requests, self._num_requests + batch
+        if cache is not None:
+            self._first_of[cache] = first
+        return first
+
+    def _end(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any], out: Any) -> None:
         self._drain()
-        batch, tokens = pass_shape(args, inputs)
-        self._recorder.step([(self._first_request + row, tokens) for row in range(batch)])
+        made = getattr(out, "past_key_values", None)
+        if made is not None and inputs.get("past_key_values") is None:
+            self._first_of[made] = self._requests[0]
+        _, tokens = pass_shape(args, inputs)
+        self._recorder.step([(request, tokens) for request in self._requests])
         for layer, parts in self._chosen.items():
             self._recorder.layer(layer, np.concatenate(parts))
         self._chosen.clear()

@@ -74,8 +74,8 @@ def held():
 def growth(requests, count):
     """What memory grew by from the second quarter of so many requests to the last; the rest stays.
 
-    Medians, since what the system and malloc hold at one moment varies; and the least numbers,
-    since the thread that watches memory has a file open now and then.
+    Medians, since what the system and malloc hold at a moment varies; and the least numbers, since
+    the thread that watches memory has a file open now and then.
     """
     samples = []
     for number in range(count):

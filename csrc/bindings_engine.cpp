@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -24,6 +25,12 @@ namespace {
 Input input_of(Address data, std::int64_t stride, std::uint64_t count) {
   return {at<const std::uint16_t>(data), stride, count};
 }
+
+// `with engine.urgent():`
+struct UrgentBlock {
+  Engine& engine;
+  std::unique_ptr<Engine::Urgent> held;
+};
 
 }  // namespace
 
@@ -66,6 +73,14 @@ void bind_engine(nb::module_& m) {
           },
           "out"_a);
 
+  nb::class_<UrgentBlock>(m, "UrgentBlock")
+      .def("__enter__",
+           [](UrgentBlock& self) {
+             if (self.held) throw std::invalid_argument("an urgent block is entered once");
+             self.held = self.engine.urgent();
+           })
+      .def("__exit__", [](UrgentBlock& self, const nb::args&) { self.held = nullptr; });
+
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",
@@ -80,8 +95,12 @@ void bind_engine(nb::module_& m) {
              nb::dict named;
              named["calls"] = self.counters().calls;
              named["busy_ns"] = self.counters().busy_ns;
+             named["groups"] = self.counters().groups;
+             named["suspensions"] = self.counters().suspensions;
              return named;
            })
+      .def(
+          "urgent", [](Engine& self) { return UrgentBlock{self, nullptr}; }, nb::keep_alive<0, 1>())
       .def("record_routing", &Engine::record_routing, "is_on"_a)
       .def("take_routing",
            [](Engine& self) {

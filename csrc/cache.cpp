@@ -131,9 +131,7 @@ void ExpertCache::prefetch(std::uint64_t layer, std::span<const std::uint64_t> e
       {static_cast<std::uint32_t>(layer), records, static_cast<std::uint32_t>(num_tokens)});
   for (std::size_t i = 0; i < records.size(); ++i)
     count_visit(records[i], tokens.empty() ? 1 : tokens[i]);
-  wanted_.assign(records.begin(), records.end());
-  ahead_.clear();
-  start_wanted();
+  want(records);
 }
 
 std::vector<std::uint32_t> ExpertCache::records_of(std::uint64_t layer,

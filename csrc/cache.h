@@ -73,6 +73,10 @@ class ExpertCache final : private ReadSink {
   // how many of the pass's `num_tokens` chose each; empty: one each.
   void prefetch(std::uint64_t layer, std::span<const std::uint64_t> experts,
                 std::span<const std::uint32_t> tokens = {}, std::uint64_t num_tokens = 1);
+  // A pass that is suspended wants these no more for now, and goes on with them: they are as after
+  // `prefetch`, but their visits have been counted.
+  void pause(std::uint64_t layer, std::span<const std::uint64_t> experts);
+  void resume(std::uint64_t layer, std::span<const std::uint64_t> experts);
   // A request begins, which will have this part of the tokens to come: 1 where it runs alone.
   void begin_request(double share);
 
@@ -139,6 +143,7 @@ class ExpertCache final : private ReadSink {
   void count_visit(std::uint32_t expert, std::uint32_t num_tokens = 1);
   bool start_read(std::uint32_t expert, Victim victim);
   void submit(std::uint32_t slot);
+  void want(std::span<const std::uint32_t> records);
   void start_wanted();
   void start_ahead();
   void finish_read(std::uint32_t slot, std::optional<Failure> failure);

@@ -16,12 +16,40 @@ Engine::Engine(unsigned threads, Isa isa)
       dot_(dot_kernels(isa)),
       attention_(pool_, isa),
       routers_(pool_->num_threads()) {
-  held_.reserve(kTasksTogether + 1);
   for (unsigned thread = 0; thread < pool_->num_threads(); ++thread)
     multipliers_.push_back(std::make_unique<Multiplier>(isa));
 }
 
-EngineCounters Engine::counters() const { return {calls_, busy_ns_}; }
+EngineCounters Engine::counters() const { return {calls_, busy_ns_, groups_, suspensions_}; }
+
+void Engine::begin_turn() { begin_ = std::chrono::steady_clock::now(); }
+
+void Engine::end_turn() {
+  const auto spent = std::chrono::steady_clock::now() - begin_;
+  busy_ns_ += static_cast<std::uint64_t>(std::chrono::nanoseconds(spent).count());
+}
+
+// Lets urgent calls pass, if there are any. What this one has under way is as it was afterwards.
+void Engine::give_way() {
+  if (!turnstile_.is_wanted()) return;
+  ++suspensions_;
+  end_turn();
+  std::swap<EngineCall>(*this, aside_);
+  turnstile_.give_way();
+  std::swap<EngineCall>(*this, aside_);
+  begin_turn();
+}
+
+// The same between two groups of a layer's experts. Others ask the cache for theirs meanwhile.
+void Engine::give_way(ExpertCache& cache, std::uint64_t layer) {
+  if (!turnstile_.is_wanted()) return;
+  std::vector<std::uint64_t> experts;
+  for (const std::span<const Visit> visits : pending_) experts.push_back(visits.front().expert);
+  cache.pause(layer, experts);
+  give_way();
+  cache.resume(layer, experts);
+  if (!guesses_.empty()) cache.look_ahead(guessed_layer_, guesses_);
+}
 
 std::uint64_t Engine::read(std::span<const std::uint8_t> bytes) {
   const Turn turn(*this);

@@ -1,21 +1,24 @@
-// Whole layers from packed weights: products, gated blocks, experts. One call at a time.
+// Whole layers from packed weights: products, gated blocks, experts. One call at a time; one that
+// is under way is suspended after a group of experts or after attention while others are urgent.
 //
 // Which thread computes what changes no bit: every output row belongs to one piece of work, and
 // experts are summed in ascending order of their numbers, whatever the order in which they came.
 #pragma once
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <span>
 #include <vector>
 
 #include "cache.h"
+#include "engine_call.h"
 #include "layer_blocks.h"
 #include "matmul.h"
 #include "pool.h"
+#include "turnstile.h"
 
 namespace zipmoe {
 
@@ -36,10 +39,12 @@ struct RoutingRecord {
 
 struct EngineCounters {
   std::uint64_t calls = 0;
-  std::uint64_t busy_ns = 0;  // in calls, waiting for reads included
+  std::uint64_t busy_ns = 0;      // in calls, waiting for reads included, but not for other calls
+  std::uint64_t groups = 0;       // experts multiplied together, or one
+  std::uint64_t suspensions = 0;  // of calls under way
 };
 
-class Engine {
+class Engine : private EngineCall {
  public:
   // threads = 0: the pool that the process shares.
   Engine(unsigned threads, Isa isa);
@@ -73,6 +78,10 @@ class Engine {
                        std::uint64_t matrix, const Input& x, std::uint16_t* y,
                        std::ptrdiff_t stride);
 
+  // What a thread does while it holds one of these goes before all that others do.
+  using Urgent = Turnstile::Urgent;
+  [[nodiscard]] std::unique_ptr<Urgent> urgent() { return std::make_unique<Urgent>(turnstile_); }
+
   // From now on, notes what the routers of MoE blocks choose, or stops to.
   void record_routing(bool is_on);
   // What was noted since it was last asked for.
@@ -87,32 +96,11 @@ class Engine {
 
  private:
   class Turn;
-  struct Visit {  // one token at one expert
-    std::uint64_t expert, token;
-    float weight;
-  };
-  // A gated block for the columns of some visits.
-  struct GatedTask {
-    GatedMatrices matrices;
-    Gate kind;
-    std::span<const Visit> visits{};
-    Columns x{};
-    bool is_routed = false;
-    std::uint64_t place = 0;  // of its first column among all of the call
-    // Set by multiply_inner: what the last matrix is multiplied with, and how the work is cut.
-    Columns inner{};
-    std::uint16_t* out = nullptr;
-    std::uint64_t grain = 0, end = 0;
-
-    [[nodiscard]] std::size_t last_matrix() const { return matrices.gate == nullptr ? 1 : 2; }
-  };
-  // An expert in use, and its matrices.
-  struct Held {
-    Lease lease;
-    std::array<std::optional<PackedMatrix>, 3> matrices;
-  };
   class TaskList;
-  static constexpr std::size_t kTasksTogether = 16;
+  void begin_turn();
+  void end_turn();
+  void give_way();
+  void give_way(ExpertCache& cache, std::uint64_t layer);
 
   template <std::size_t kMatrices, class Keep>
   void products(const std::array<const PackedMatrix*, kMatrices>& matrices, const Columns& x,
@@ -125,6 +113,7 @@ class Engine {
   void list_visits(const Routing& routing, std::uint64_t tokens);
   Routing route(const MoeBlock& block, const Columns& x);
   Routing choose(const RouterRule& rule, const float* logits, std::uint64_t tokens);
+  void note_routing(std::uint64_t layer, std::uint64_t k);
   void begin_total(std::uint64_t width, std::uint64_t tokens);
   void round_total(std::uint64_t tokens, std::uint16_t* y, std::ptrdiff_t stride);
   void run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
@@ -162,27 +151,16 @@ class Engine {
   Isa isa_;
   const DotKernels& dot_;
   std::vector<std::unique_ptr<Multiplier>> multipliers_;  // by thread
-  std::mutex mutex_;
+  Turnstile turnstile_;
   Attention attention_;
-  std::vector<Visit> visits_;
-  std::vector<std::uint64_t> distinct_;  // experts of the visits
-  std::vector<std::uint32_t> tokens_;    // of each of these
-  std::vector<std::uint64_t> guesses_;
   std::vector<Router> routers_;  // by thread
-  std::vector<std::int64_t> chosen_;
-  std::vector<float> weights_;  // of the chosen
+  Buffer decoded_[3];            // matrices of an expert of a task
+  EngineCall aside_;             // that of the call suspended, or room for the next
+  std::mutex routing_mutex_;
   bool records_routing_ = false;
   std::vector<RoutingRecord> routing_;
-  std::vector<Visit> shared_visits_;
-  std::vector<GatedTask> tasks_;
-  std::vector<Held> held_;  // of the tasks: never more than kTasksTogether, which it has room for
-  std::vector<std::span<const Visit>> pending_;  // experts of the call that are no tasks yet
-  std::uint64_t width_ = 0;                      // of what experts give
-  std::uint64_t kept_columns_ = 0;  // whose results are kept; 0: they are added at once
-  Buffer columns_, block_columns_, inner_, kept_, total_, decoded_[3], logits_;
-  Buffer heads_[3], attended_;      // queries, keys and values of new tokens; what attention gives
-  Buffer ahead_, normed_, change_;  // states before and after a half of a layer
-  std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0;
+  std::chrono::steady_clock::time_point begin_;  // of the turn
+  std::atomic<std::uint64_t> calls_ = 0, busy_ns_ = 0, groups_ = 0, suspensions_ = 0;
 };
 
 }  // namespace zipmoe

@@ -64,6 +64,7 @@ void Engine::run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLa
   inside.x = normed;
   run_attention(*layer.attention, inside, change);
   add(call.x, change, tokens, hidden, y);
+  give_way();
   rms_norm(y, tokens, layer.before_moe, normed, isa_, *pool_);
   const auto stride = static_cast<std::ptrdiff_t>(hidden);
   const Input states{normed, stride, tokens};

@@ -41,6 +41,7 @@ void Engine::forget_tasks() {
 // Sorted by expert, a token's own in the order of its slots.
 void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
   visits_.clear();
+  guesses_.clear();
   for (std::uint64_t i = 0; i < tokens * routing.k; ++i) {
     const std::int64_t expert = routing.experts[i];
     if (expert < 0) throw std::invalid_argument("an expert's number is negative");
@@ -61,13 +62,18 @@ void Engine::list_visits(const Routing& routing, std::uint64_t tokens) {
 }
 
 void Engine::record_routing(bool is_on) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(routing_mutex_);
   records_routing_ = is_on;
   if (!is_on) routing_.clear();
 }
 
+void Engine::note_routing(std::uint64_t layer, std::uint64_t k) {
+  const std::lock_guard lock(routing_mutex_);
+  if (records_routing_) routing_.push_back({layer, k, chosen_});
+}
+
 std::vector<RoutingRecord> Engine::take_routing() {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(routing_mutex_);
   return std::exchange(routing_, {});
 }
 
@@ -113,7 +119,7 @@ Columns Engine::ask_for_experts(ExpertCache& cache, std::uint64_t layer, const M
                                 const Input& x) {
   const Columns columns = ready_columns(x, block.router->columns(), block_columns_);
   const Routing routing = route(block, columns);
-  if (records_routing_) routing_.push_back({layer, routing.k, chosen_});
+  note_routing(layer, routing.k);
   list_visits(routing, x.count);
   cache.prefetch(layer, distinct_, tokens_, x.count);
   return columns;
@@ -183,7 +189,8 @@ void Engine::look_ahead(ExpertCache& cache, const DecoderLayer& layer, const std
   guesses_.assign(routing.experts, routing.experts + tokens * routing.k);
   std::sort(guesses_.begin(), guesses_.end());
   guesses_.erase(std::unique(guesses_.begin(), guesses_.end()), guesses_.end());
-  cache.look_ahead(layer.next_number, guesses_);
+  guessed_layer_ = layer.next_number;
+  cache.look_ahead(guessed_layer_, guesses_);
 }
 
 // Runs all visits, and what tasks_ holds already: the shared expert, for `shared` tokens.
@@ -209,6 +216,8 @@ void Engine::run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, con
     gather_columns(x);
     run_tasks(cache, layer);
     forget_tasks();
+    ++groups_;
+    give_way(cache, layer);
   } while (!pending_.empty());
   if (kept_columns_ != 0) add_kept(shared);
 }

@@ -1,29 +1,29 @@
 // What the files of the engine share: a call's turn, and products cut into pieces of work.
 #pragma once
 #include <algorithm>
-#include <chrono>
 #include <numeric>
 
 #include "engine.h"
 
 namespace zipmoe {
 
-// A call: alone in the engine, and counted.
+// A call: alone in the engine while it is not suspended, and counted.
 class Engine::Turn {
  public:
-  explicit Turn(Engine& engine) : engine_(engine), lock_(engine.mutex_) {}
+  explicit Turn(Engine& engine) : engine_(engine) {
+    engine_.turnstile_.enter();
+    engine_.begin_turn();
+  }
   ~Turn() {
-    const auto spent = std::chrono::steady_clock::now() - begin_;
-    engine_.busy_ns_ += static_cast<std::uint64_t>(std::chrono::nanoseconds(spent).count());
     ++engine_.calls_;
+    engine_.end_turn();
+    engine_.turnstile_.leave();
   }
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
 
  private:
   Engine& engine_;
-  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
-  std::lock_guard<std::mutex> lock_;
 };
 
 // Weights in one piece of work: long enough that handing it out costs nothing, short enough that no

@@ -35,6 +35,8 @@ class Policy {
   virtual void begin_request(double /*share*/) {}
   // A pass with so many tokens has come to a layer.
   virtual void begin_layer(std::uint32_t layer, std::uint32_t num_tokens);
+  // A pass that has been there before goes on in it, after others.
+  void return_to(std::uint32_t layer) { current_ = layer; }
   // A visit of an expert by so many of these tokens. Comes once for each visit, hit or miss.
   virtual void use(std::uint32_t expert, std::uint32_t num_tokens) = 0;
   // It has been given a slot.

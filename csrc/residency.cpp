@@ -9,6 +9,11 @@ namespace {
 
 constexpr std::uint32_t kNoSlot = std::numeric_limits<std::uint32_t>::max();
 
+// A full cache gives this part of its slots to what is read beforehand, and so many at least: a
+// long prompt, which wants every expert of a layer and of the next, gets along with the slots of
+// those that it has used, and others keep theirs.
+constexpr std::size_t kCrowdedPart = 4, kLeastCrowd = 8;
+
 }  // namespace
 
 Residency::Residency(std::unique_ptr<Policy> policy, std::uint32_t num_experts,
@@ -32,15 +37,26 @@ bool Residency::begin_visit(std::uint32_t expert, std::uint32_t num_tokens) {
 
 void Residency::end_visit(std::uint32_t expert) {
   experts_[expert].visiting = false;
+  if (const auto slot = slot_of(expert)) slots_[*slot].is_fresh = false;
   tell_policy(expert);
 }
 
 void Residency::list(const LayerList& wanted) {
-  ++list_number_;
   policy_->begin_layer(wanted.layer, wanted.num_tokens);
+  await(wanted.experts);
+}
+
+void Residency::resume(std::uint32_t layer, std::span<const std::uint32_t> experts) {
+  policy_->return_to(layer);
+  for (const std::uint32_t expert : experts) experts_[expert].visiting = true;
+  await(experts);
+}
+
+void Residency::await(std::span<const std::uint32_t> experts) {
+  ++list_number_;
   for (const std::uint32_t expert : listed_) tell_policy(expert);
   expect({});
-  listed_.assign(wanted.experts.begin(), wanted.experts.end());
+  listed_.assign(experts.begin(), experts.end());
   for (const std::uint32_t expert : listed_) {
     experts_[expert].listed = list_number_;
     tell_policy(expert);
@@ -73,6 +89,8 @@ std::optional<std::uint32_t> Residency::take(std::uint32_t expert, Victim victim
   if (!empty_.empty()) {
     slot = empty_.back();
     empty_.pop_back();
+  } else if (victim == Victim::idle && is_crowded()) {
+    return std::nullopt;
   } else if (const auto goes = find_victim(victim)) {
     slot = std::exchange(experts_[*goes].slot, kNoSlot);
     policy_->withdraw(*goes);
@@ -81,7 +99,7 @@ std::optional<std::uint32_t> Residency::take(std::uint32_t expert, Victim victim
   } else {
     return std::nullopt;
   }
-  slots_[slot] = {.expert = expert, .state = SlotState::reading};
+  slots_[slot] = {.expert = expert, .state = SlotState::reading, .is_fresh = true};
   experts_[expert].slot = slot;
   policy_->admit(expert);
   return slot;
@@ -105,6 +123,18 @@ std::optional<std::uint32_t> Residency::last_to_go(std::span<const std::uint32_t
 bool Residency::may_go(std::uint32_t expert) const {
   const std::uint32_t slot = experts_[expert].slot;
   return slot != kNoSlot && slots_[slot].state == SlotState::resident && slots_[slot].num_pins == 0;
+}
+
+// Whether those that are kept for a visit to come take as many slots as they may.
+bool Residency::is_crowded() const {
+  std::size_t count = 0;
+  const auto is_fresh = [this](std::uint32_t expert) {
+    const std::uint32_t slot = experts_[expert].slot;
+    return slot != kNoSlot && slots_[slot].is_fresh;
+  };
+  for (const std::uint32_t expert : listed_) count += is_awaited(expert) && is_fresh(expert);
+  for (const std::uint32_t expert : expected_) count += is_fresh(expert);
+  return count >= std::max(slots_.size() / kCrowdedPart, kLeastCrowd);
 }
 
 void Residency::tell_policy(std::uint32_t expert) {

@@ -15,7 +15,8 @@ enum class SlotState : std::uint8_t { empty, reading, resident };
 
 // What may be taken for a new expert, beyond empty slots: never one that is pinned or being read.
 enum class Victim {
-  idle,  // only experts that nobody is known to want
+  idle,  // only experts that nobody is known to want, and as long as what has been read beforehand
+         // does not crowd the slots
   any,   // if nothing else is left, those of the latest list and those expected after it too
 };
 
@@ -44,6 +45,9 @@ class Residency {
   // The experts wanted next; their visits do not begin by this. Forgets the list before; visits
   // under way stay so.
   void list(const LayerList& wanted);
+  // The same of experts whose visits had begun and were ended before their time: they go on, and
+  // nobody is told once more.
+  void resume(std::uint32_t layer, std::span<const std::uint32_t> experts);
   [[nodiscard]] bool is_awaited(std::uint32_t expert) const;
   // Those that the list after this one may name. They are kept until it comes, unless nothing else
   // is left to go.
@@ -77,13 +81,16 @@ class Residency {
     std::uint32_t expert = 0;  // meaningless while empty
     std::uint32_t num_pins = 0;
     SlotState state = SlotState::empty;
+    bool is_fresh = false;  // no visit has ended since it was read
   };
 
+  void await(std::span<const std::uint32_t> experts);
   void tell_policy(std::uint32_t expert);
   [[nodiscard]] std::optional<std::uint32_t> find_victim(Victim victim) const;
   [[nodiscard]] std::optional<std::uint32_t> last_to_go(
       std::span<const std::uint32_t> experts) const;
   [[nodiscard]] bool may_go(std::uint32_t expert) const;
+  [[nodiscard]] bool is_crowded() const;
 
   std::unique_ptr<Policy> policy_;
   std::vector<Expert> experts_;

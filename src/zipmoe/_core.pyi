@@ -223,8 +223,17 @@ class PackedMatrix:
     def decode(self, out: int) -> None:
         """Decode all of it to [rows, columns] at the address `out`."""
 
+class UrgentBlock:
+    """See `Engine.urgent`. Entered once."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
 class Engine:
     """Products and whole layers from packed weights. One call at a time; others wait.
+
+    A call under way is suspended while another thread is urgent: after the group of experts that it
+    is at, or after attention. No bit depends on that.
 
     Tensors come as addresses of BF16 data with the elements from one column to the next, and the
     number of columns (tokens): whoever calls has checked dtypes, shapes and contiguity.
@@ -237,7 +246,20 @@ class Engine:
         """Threads = 0: the pool that the process shares, one for each core."""
 
     def counters(self) -> dict[str, int]:
-        """Count calls, and busy_ns: in calls, waiting for reads included."""
+        """Count calls, and busy_ns: in calls, waiting for reads included, for other calls not.
+
+        groups: how often experts were multiplied, one or several together; suspensions: how often
+        a call under way let urgent ones pass.
+        """
+
+    def urgent(self) -> UrgentBlock:
+        """Let what this thread does in a `with` block go before what others do.
+
+        Its calls wait for the end of at most one group of experts, or of attention. Others wait
+        until the block ends, between two calls or within one; one that waited during a block goes
+        on by at least a group before the calls of the next. The thread must not wait for others
+        inside the block.
+        """
 
     def record_routing(self, is_on: bool) -> None:
         """Note what the routers of MoE blocks choose from now on, or stop to."""

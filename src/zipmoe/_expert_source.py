@@ -74,8 +74,9 @@ class Buffer:
 class ExpertSource:
     """Decodes experts of a model into a few buffers that all layers share.
 
-    The buffers belong to whoever holds `lock`: a forward pass takes it for one layer at a time,
-    so that two threads that run the same model do not decode into each other's weights.
+    The buffers belong to whoever holds `lock`: a forward pass takes it for one product at a time,
+    so that two threads that run the same model do not decode into each other's weights. Nothing
+    that waits for the engine may happen under it: the engine suspends calls for others' sake.
     """
 
     cache: DecodingCache

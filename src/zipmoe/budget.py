@@ -52,6 +52,8 @@ LEAST_BASE_BYTES = 500_000_000
 # Of the default budget, what is left to the rest of the machine.
 RESERVE_FRACTION = 0.10
 RESERVE_BYTES = 256_000_000
+# Tokens of a step that runs while a longer pass is suspended: the engine has room for both.
+URGENT_TOKENS = 64
 
 
 def parse_memory(text: str | int) -> int:
@@ -178,10 +180,11 @@ class Activations:
         """Count the experts' part: outputs of all chosen slots, activations of one expert.
 
         In one call: sums in FP32, outputs, and one expert's states and activations, to which all
-        tokens may go; and what each thread of a few decodes and adds up in.
+        tokens may go, for an urgent step too; and what each thread of a few decodes and adds up in.
         """
         if self.one_call:
-            return tokens * (8 * self.hidden + self.expert_width) + (16 << 20)
+            per_token = 8 * self.hidden + self.expert_width
+            return (tokens + URGENT_TOKENS) * per_token + (16 << 20)
         wide = 3 * self.expert_width * (self.top_k if self.whole_experts else 1)
         return tokens * self.element_bytes * (self.top_k * self.hidden + wide)
 

@@ -80,7 +80,7 @@ def experts_forward(
         if torch.is_grad_enabled() and hidden.requires_grad:
             total = _NoGradient.apply(total, hidden)  # type: ignore[no-untyped-call]
         return total
-    with torch.no_grad(), standin.source.lock:
+    with torch.no_grad():
         ids, order = torch.sort(top_k_index.reshape(-1))
         groups = _groups(ids, self.num_experts)
         out = _run(self, standin, hidden, order // top_k_index.shape[1], groups)
@@ -175,11 +175,12 @@ def _up(self: Any, standin: ExpertMatrix, expert: int, x: Tensor) -> Tensor:
     source, layer = standin.source, standin.layer
     if _expert_engine.is_native(standin, x):
         return _expert_engine.up(self, standin, expert, x)
-    if self.has_gate:
-        weights = source.gate_up(layer, expert, interleaved=standin.interleaved)
-    else:
-        weights = source.single(layer, expert, "up")
-    h = torch.mm(x, weights.to(standin.dtype).t())
+    with source.lock:
+        if self.has_gate:
+            weights = source.gate_up(layer, expert, interleaved=standin.interleaved)
+        else:
+            weights = source.single(layer, expert, "up")
+        h = torch.mm(x, weights.to(standin.dtype).t())
     if self.has_bias:
         h += (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias)[expert]
     return h
@@ -191,8 +192,9 @@ def _down(self: Any, standin: ExpertMatrix, expert: int, h: Tensor, out: Tensor)
         if self.has_bias:
             out += self.down_proj_bias[expert]
         return
-    weights = standin.source.single(standin.layer, expert, "down").to(standin.dtype)
-    torch.mm(h.to(weights.dtype), weights.t(), out=out)
+    with standin.source.lock:
+        weights = standin.source.single(standin.layer, expert, "down").to(standin.dtype)
+        torch.mm(h.to(weights.dtype), weights.t(), out=out)
     if self.has_bias:
         out += self.down_proj_bias[expert]
 

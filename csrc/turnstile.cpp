@@ -1,0 +1,62 @@
+#include "turnstile.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace zipmoe {
+
+Turnstile::Urgent::Urgent(Turnstile& turnstile) : turnstile_(turnstile) {
+  const std::lock_guard lock(turnstile_.mutex_);
+  turnstile_.urgent_.push_back(thread_);
+  turnstile_.num_urgent_ = turnstile_.urgent_.size();
+}
+
+Turnstile::Urgent::~Urgent() {
+  std::vector<std::thread::id>& urgent = turnstile_.urgent_;
+  const std::lock_guard lock(turnstile_.mutex_);
+  urgent.erase(std::find(urgent.begin(), urgent.end(), thread_));
+  turnstile_.num_urgent_ = urgent.size();
+  turnstile_.is_owed_ = turnstile_.waits_;
+  turnstile_.changed_.notify_all();
+}
+
+void Turnstile::enter() {
+  {
+    Lock lock(mutex_);
+    if (std::find(urgent_.begin(), urgent_.end(), std::this_thread::get_id()) != urgent_.end()) {
+      changed_.wait(lock, [this] { return !inside_ && !is_owed_; });
+      inside_ = is_urgent_ = true;
+      return;
+    }
+  }
+  ordinary_.lock();
+  Lock lock(mutex_);
+  await_turn(lock);
+}
+
+void Turnstile::leave() noexcept {
+  bool was_urgent = false;
+  {
+    const std::lock_guard lock(mutex_);
+    inside_ = false;
+    was_urgent = std::exchange(is_urgent_, false);
+  }
+  changed_.notify_all();
+  if (!was_urgent) ordinary_.unlock();
+}
+
+void Turnstile::give_way() {
+  Lock lock(mutex_);
+  inside_ = false;
+  changed_.notify_all();
+  await_turn(lock);
+}
+
+void Turnstile::await_turn(Lock& lock) {
+  waits_ = true;
+  changed_.wait(lock, [this] { return !inside_ && (urgent_.empty() || is_owed_); });
+  waits_ = is_owed_ = false;
+  inside_ = true;
+}
+
+}  // namespace zipmoe

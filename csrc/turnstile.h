@@ -1,0 +1,57 @@
+// Whose turn it is to compute. One call is inside at a time, and one ordinary call is under way at
+// a time. What a thread does while it is urgent goes before that: an ordinary call inside is asked
+// to give way, where it can; it waits there until nobody is urgent any more, and goes on.
+//
+// So an urgent call waits for no more than an ordinary one does between two such places. Urgent
+// blocks that follow each other closely must not stop an ordinary call for good: if it waited
+// during one, it has a turn from one such place to the next before the calls of another begin.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace zipmoe {
+
+class Turnstile {
+ public:
+  // Calls of the thread that made it are urgent while it lives. That thread must not wait for an
+  // ordinary call meanwhile.
+  class Urgent {
+   public:
+    explicit Urgent(Turnstile& turnstile);
+    ~Urgent();
+    Urgent(const Urgent&) = delete;
+    Urgent& operator=(const Urgent&) = delete;
+
+   private:
+    Turnstile& turnstile_;
+    std::thread::id thread_ = std::this_thread::get_id();
+  };
+
+  // Wait for the turn of a call; end it, in the same thread.
+  void enter();
+  void leave() noexcept;
+
+  // For the call inside: whether it has to give way; does so, until its turn comes again.
+  [[nodiscard]] bool is_wanted() const { return !is_urgent_ && num_urgent_ != 0; }
+  void give_way();
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+  void await_turn(Lock& lock);
+
+  std::mutex ordinary_;  // held by the ordinary call that is under way
+  std::mutex mutex_;     // guards all that follows
+  std::condition_variable changed_;
+  std::vector<std::thread::id> urgent_;      // threads
+  std::atomic<std::size_t> num_urgent_ = 0;  // of them; read without the lock too
+  bool inside_ = false;
+  bool is_urgent_ = false;  // the call inside
+  bool waits_ = false;      // the ordinary call under way
+  bool is_owed_ = false;    // to it: a turn
+};
+
+}  // namespace zipmoe

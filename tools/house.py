@@ -30,6 +30,7 @@ RUNTIME = {
     "norm",
     "packed",
     "recording",
+    "serve",
     "_expert_engine",
     "_forwards",
     "_native_block",

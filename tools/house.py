@@ -52,6 +52,7 @@ ABOVE |= {
     "_demo_session",
     "_options",
     "_routing_commands",
+    "_serve_command",
 }
 PRINTING = {"cli", "_terminal"}
 # Nothing in the core may know these.

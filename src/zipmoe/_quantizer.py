@@ -60,11 +60,13 @@ class LoadOptions:
 
     memory: bytes for the whole process, None for what is available less a reserve. context: most
     tokens of prompt and answer together, None for 4096 or the model's own maximum if that is
-    less. policy: which expert goes when a slot is needed, "" for the default.
+    less. conversations: how many of that length there is to be memory for at once. policy: which
+    expert goes when a slot is needed, "" for the default.
     """
 
     memory: int | None = None
     context: int | None = None
+    conversations: int = 1
     compute: str = "native"
     policy: str = ""
 
@@ -281,7 +283,7 @@ class ZipmoeQuantizer(HfQuantizer):
         return budget.Needs(
             base=self.base_bytes,
             dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)),
-            kv=footprint.kv_bytes(model, context),
+            kv=footprint.kv_bytes(model, context * self.options.conversations),
             scratch=ExpertSource.buffer_bytes(layers)
             + footprint.forward_bytes(model, shape, context),
             cache_floor=floor,

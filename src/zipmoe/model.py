@@ -89,6 +89,7 @@ def load(
     memory: str | int | None = None,
     compute: str = "native",
     context: int | None = None,
+    conversations: int = 1,
     policy: str = "",
 ) -> Loaded:
     """Load a packed model.
@@ -103,6 +104,7 @@ def load(
         decoded weights through torch's own operators, bit for bit as stock transformers.
     context : most tokens of prompt and answer together; their KV cache is counted in the memory.
         None: 4096, or the model's maximum if that is less.
+    conversations : how many of that length there is to be memory for at once.
     policy : which expert goes when memory for one is needed: "request" (the default), or "lru",
         "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
 
@@ -123,6 +125,7 @@ def load(
     options = LoadOptions(
         memory=None if memory is None else budget.parse_memory(memory),
         context=context,
+        conversations=conversations,
         compute=compute,
         policy=policy,
     )

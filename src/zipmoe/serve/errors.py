@@ -62,12 +62,12 @@ def refused(param: str, why: str) -> ServingError:
     return ServingError(400, f"{param}: {why}", param=param, code="unsupported_value")
 
 
-def too_long(prompt: int, answer: int, room: int, what: str) -> ServingError:
+def too_long(param: str, prompt: int, answer: int, why: str) -> ServingError:
     """Refuse a prompt, or prompt and answer, that can never fit."""
     return ServingError(
         400,
-        f"the prompt has {prompt} tokens and {answer} are asked for; {what} is {room} tokens",
-        param="messages" if answer < 1 else None,
+        f"the prompt has {prompt} tokens and the answer may have {answer}: {why}",
+        param=param,
         code="context_length_exceeded",
     )
 

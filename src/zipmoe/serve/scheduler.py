@@ -10,6 +10,7 @@ broken, and says so.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Scheduler", "Streams"]
 
+_log = logging.getLogger(__name__)
 _PROBE_S = 1.0  # between two looks whether the store can be read again
 _READ_ERRORS = (FetchError, CorruptError)
 
@@ -179,7 +181,8 @@ class Scheduler:
         """Run a thread's work; if it fails, everybody hears of it."""
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - told to every request, and by status()
+        except BaseException as error:  # noqa: BLE001 - everybody is told
+            _log.exception("the server's loop has failed")
             with self._changed:
                 self._failure = self._failure or error
                 self._is_closed = True

@@ -122,11 +122,13 @@ class Service:
     def _longest(self, asked: ChatRequest | CompletionRequest, prompt: int) -> int:
         """Most tokens of the answer; refuses what can never be."""
         room, wanted = self.loaded.context - prompt, asked.answer_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            raise too_long(prompt, wanted or 1, self.loaded.context, "the context")
-        longest = wanted or min(room, self.limits.answer_tokens)
+        field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+        longest = wanted or max(1, min(room, self.limits.answer_tokens))
+        if longest > room:
+            param = field if room < 1 else "max_tokens"
+            raise too_long(param, prompt, longest, f"the context is {self.loaded.context}")
         if not self.scheduler.fits(prompt, longest):
-            raise too_long(prompt, longest, 0, "more than the memory for KV caches holds")
+            raise too_long(field, prompt, longest, "more than the memory for KV caches holds")
         return longest
 
     def _choosers(self, asked: ChatRequest | CompletionRequest) -> list[Chooser]:

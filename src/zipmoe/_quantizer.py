@@ -60,13 +60,15 @@ class LoadOptions:
 
     memory: bytes for the whole process, None for what is available less a reserve. context: most
     tokens of prompt and answer together, None for 4096 or the model's own maximum if that is
-    less. conversations: how many of that length there is to be memory for at once. policy: which
-    expert goes when a slot is needed, "" for the default.
+    less. conversations: how many of that length are held side by side (`zipmoe.streams`), 0 for one
+    that is not. streams: how many answers are written while a prompt is read. policy: which expert
+    goes when a slot is needed, "" for the default.
     """
 
     memory: int | None = None
     context: int | None = None
-    conversations: int = 1
+    conversations: int = 0
+    streams: int = 0
     compute: str = "native"
     policy: str = ""
 
@@ -283,9 +285,10 @@ class ZipmoeQuantizer(HfQuantizer):
         return budget.Needs(
             base=self.base_bytes,
             dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)),
-            kv=footprint.kv_bytes(model, context * self.options.conversations),
+            kv=footprint.kv_bytes(model, kv.room(context) * self.options.conversations or context),
             scratch=ExpertSource.buffer_bytes(layers)
-            + footprint.forward_bytes(model, shape, context),
+            + footprint.forward_bytes(model, shape, context)
+            + footprint.step_bytes(model, shape, self.options.streams),
             cache_floor=floor,
             cache_all=floor + _all_experts_bytes(self._table),
             loading=loading,

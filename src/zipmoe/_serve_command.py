@@ -19,73 +19,76 @@ _KEY = "ZIPMOE_API_KEY"
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
+Conversations = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Conversations as long as the context that there is memory for; of shorter ones "
+        "there is room for more. Requests wait for room.",
+    ),
+]
+Host = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 lets other machines connect."),
+]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, metavar="PORT", help="0 takes one that is free.")
+]
+Name = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What clients call the model. Default: the folder's name."),
+]
+Key = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File with the key that clients must know. Default: the environment's "
+        f"{_KEY}; without either, no key is asked for.",
+    ),
+]
+Streams = Annotated[
+    int, typer.Option(min=1, max=256, metavar="N", help="Answers that are written at once.")
+]
+Queue = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Answers that may wait; more are refused with 429.")
+]
+MaxTokens = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="Most tokens of an answer whose request names no limit."),
+]
+MaxChoices = Annotated[int, typer.Option(min=1, metavar="N", help="Most answers of one request.")]
+MaxBody = Annotated[int, typer.Option(min=1000, metavar="BYTES", help="Most bytes of one request.")]
+Timeout = Annotated[
+    float, typer.Option(min=1, metavar="SECONDS", help="Most that one request may take.")
+]
+Grace = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="What running answers get to end when the server is told to stop.",
+    ),
+]
+
+
 def serve(
     store: Store,
     *,
     memory: Memory = None,
     context: Context = None,
-    conversations: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Conversations as long as the context that there is memory for; of shorter ones "
-            "there is room for more. Requests wait for room.",
-        ),
-    ] = 2,
-    host: Annotated[
-        str,
-        typer.Option(
-            metavar="ADDRESS", help="Where to listen; 0.0.0.0 lets other machines connect."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="PORT", help="0 takes one that is free.")
-    ] = 8000,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="What clients call the model. Default: the folder's name."
-        ),
-    ] = None,
-    api_key: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="File with the key that clients must know. Default: the environment's "
-            f"{_KEY}; without either, no key is asked for.",
-        ),
-    ] = None,
-    streams: Annotated[
-        int, typer.Option(min=1, max=256, metavar="N", help="Answers that are written at once.")
-    ] = 16,
-    queue: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Answers that may wait; more are refused with 429."),
-    ] = 64,
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, metavar="N", help="Most tokens of an answer whose request names no limit."
-        ),
-    ] = 1024,
-    max_choices: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Most answers of one request.")
-    ] = 8,
-    max_body: Annotated[
-        int, typer.Option(min=1000, metavar="BYTES", help="Most bytes of one request.")
-    ] = 4_000_000,
-    timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Most that one request may take.")
-    ] = 3600.0,
-    grace: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            metavar="SECONDS",
-            help="What running answers get to end when the server is told to stop.",
-        ),
-    ] = 30.0,
+    conversations: Conversations = 2,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Name = None,
+    api_key: Key = None,
+    streams: Streams = 16,
+    queue: Queue = 64,
+    max_tokens: MaxTokens = 1024,
+    max_choices: MaxChoices = 8,
+    max_body: MaxBody = 4_000_000,
+    timeout: Timeout = 3600.0,
+    grace: Grace = 30.0,
     compute: Compute = "native",
 ) -> None:
     """Serve a packed model to clients of OpenAI's API, inside a memory budget.
@@ -124,6 +127,7 @@ def serve(
             memory=memory,
             context=context,
             conversations=conversations,
+            streams=streams,
             compute=compute,
         )
 
@@ -161,16 +165,18 @@ def _serve(
 
     with server.bound_socket(*address) as taken:
         from ._session import loaded_model
+        from .kv import room
         from .serve.api import build
         from .serve.service import Service
-        from .streams import Streams
+        from .streams import Streams as ModelStreams
 
         host, port = address[0], taken.getsockname()[1]
         is_local = server.is_loopback(host)
         if key is None and not is_local:
             terminal.say(f"anybody who can reach {host} can use this server: there is no key")
         with loaded_model(terminal, store, **options) as loaded:
-            service = Service(loaded, Streams(loaded), name, limits)
+            held = room(loaded.context) * options["conversations"]
+            service = Service(loaded, ModelStreams(loaded), name, limits, kv_tokens=held)
             try:
                 app = build(service, _line(terminal), key=key, is_local=is_local)
                 shown = f"[{host}]" if ":" in host else host

@@ -16,7 +16,7 @@ from torch import nn
 from zipmoe import _rehearsal
 from zipmoe.budget import Activations
 
-__all__ = ["activations", "dense_bytes", "forward_bytes", "kv_bytes"]
+__all__ = ["activations", "dense_bytes", "forward_bytes", "kv_bytes", "step_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -137,6 +137,13 @@ def forward_bytes(model: Any, shape: Activations, context: int) -> int:
         return shape.bytes(context)
     mask = context * context * 4 * shape.masked  # a mask of bool is copied to a float one
     return int(rehearsed * 1.15) + mask + shape.experts_bytes(context) + (32 << 20)
+
+
+def step_bytes(model: Any, shape: Activations, streams: int) -> int:
+    """Bytes that one token more of each of some streams holds at once, all their logits too."""
+    if not streams:
+        return 0
+    return forward_bytes(model, shape, streams) + streams * shape.vocabulary * 8
 
 
 def _heads_with_whole_scores(config: Any) -> int:

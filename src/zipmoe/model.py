@@ -89,7 +89,8 @@ def load(
     memory: str | int | None = None,
     compute: str = "native",
     context: int | None = None,
-    conversations: int = 1,
+    conversations: int = 0,
+    streams: int = 0,
     policy: str = "",
 ) -> Loaded:
     """Load a packed model.
@@ -104,7 +105,9 @@ def load(
         decoded weights through torch's own operators, bit for bit as stock transformers.
     context : most tokens of prompt and answer together; their KV cache is counted in the memory.
         None: 4096, or the model's maximum if that is less.
-    conversations : how many of that length there is to be memory for at once.
+    conversations : how many of that length are held side by side, through `zipmoe.streams`; 0: one,
+        by the model's own `generate`.
+    streams : how many answers are written while a prompt is read.
     policy : which expert goes when memory for one is needed: "request" (the default), or "lru",
         "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
 
@@ -126,6 +129,7 @@ def load(
         memory=None if memory is None else budget.parse_memory(memory),
         context=context,
         conversations=conversations,
+        streams=streams,
         compute=compute,
         policy=policy,
     )

@@ -81,7 +81,7 @@ class Answer:
         self.request, self.index, self.max_tokens = request, index, max_tokens
         self.tokens: list[int] = []
         self.stream: Any = None  # its KV cache, while it has one
-        self.reserved = 0  # bytes of KV cache set aside for it
+        self.reserved = 0  # tokens of KV cache set aside for it
         self.last_at = 0.0
         self._ends, self._chooser = ends, chooser
         self._pieces, self._stops = pieces, StopTexts(stops)

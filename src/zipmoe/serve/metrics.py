@@ -42,7 +42,7 @@ _TIMES = {
 
 
 class Metrics:
-    """Counts of one server. `load`: answers waiting and running, and bytes of KV cache."""
+    """Counts of one server. `load`: answers waiting and running, and tokens of KV cache."""
 
     def __init__(self, runtime: Runtime, model: str) -> None:
         self._runtime = runtime

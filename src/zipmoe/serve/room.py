@@ -1,4 +1,4 @@
-"""The bytes of KV cache there are: what is set aside for answers, and conversations kept for later.
+"""The tokens that there is KV cache for: set aside for answers, or kept for a next turn.
 
 An answer is let in when its whole length fits, so that none has to be thrown out half-way. What
 an answer has filled is kept when it ends, for a request that continues it, as long as nobody
@@ -8,6 +8,8 @@ needs the room.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from zipmoe import kv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +21,7 @@ __all__ = ["KvRoom"]
 
 
 class KvRoom:
-    """Shares out `total` bytes. Not for several threads at once."""
+    """Shares out `total` tokens. Not for several threads at once."""
 
     def __init__(self, streams: Streams, total: int) -> None:
         self._streams, self.total = streams, total
@@ -28,25 +30,25 @@ class KvRoom:
 
     @property
     def used(self) -> int:
-        """Bytes set aside or kept."""
-        return self._reserved + sum(map(self._bytes, self._kept))
+        """Tokens set aside or kept."""
+        return self._reserved + sum(kv.room(stream.length) for stream in self._kept)
 
     @property
     def reserved(self) -> int:
-        """Bytes set aside for answers that are being written."""
+        """Tokens set aside for answers that are being written."""
         return self._reserved
 
-    def most_bytes(self, prompt: int, answer: int) -> int:
-        """Bytes that a prompt and an answer of so many tokens come to."""
-        return self._streams.bytes_for(prompt + answer)
+    def fits(self, prompt: int, answer: int) -> bool:
+        """Tell whether a prompt and an answer of so many tokens can ever be let in."""
+        return kv.room(prompt + answer) <= self.total
 
     def admit(self, answer: Answer) -> bool:
-        """Give the answer a stream and set its bytes aside, if there is room for it.
+        """Give the answer a stream and set its tokens aside, if there is room for it.
 
         The stream holds as much of the prompt as a kept one shares with it. Kept conversations
         make room, the longest unused first.
         """
-        need = self.most_bytes(len(answer.request.prompt), answer.max_tokens)
+        need = kv.room(len(answer.request.prompt) + answer.max_tokens)
         if self._reserved + need > self.total:
             return False
         stream = self._take_kept(answer.request.prompt)
@@ -59,13 +61,13 @@ class KvRoom:
         return True
 
     def release(self, answer: Answer, *, keep: bool) -> None:
-        """Take an answer's stream and bytes back; `keep` it for a request that continues it."""
+        """Take an answer's stream and tokens back; `keep` it for a request that continues it."""
         stream, answer.stream = answer.stream, None
         self._reserved -= answer.reserved
         answer.reserved = 0
         if stream is None:
             return
-        if keep and stream.length and self.used + self._bytes(stream) <= self.total:
+        if keep and stream.length and self.used + kv.room(stream.length) <= self.total:
             self._kept.append(stream)
         else:
             self._streams.close(stream)
@@ -91,9 +93,6 @@ class KvRoom:
             self._kept.remove(best)
             self._streams.truncate(best, most)
         return best
-
-    def _bytes(self, stream: Any) -> int:
-        return self._streams.bytes_for(stream.length)
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

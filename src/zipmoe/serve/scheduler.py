@@ -63,17 +63,11 @@ class Streams(Protocol):
     def close(self, stream: Any) -> None:
         """Free its memory."""
 
-    def bytes_for(self, tokens: int) -> int:
-        """Bytes of a sequence of so many tokens."""
-
-    def step_bytes(self, streams: int) -> int:
-        """Bytes that a step of so many streams takes besides what they hold."""
-
 
 class Scheduler:
     """Takes requests and computes their answers until it is closed.
 
-    kv_bytes: memory for KV caches and for what a step holds besides. urgent: entered around each
+    kv_tokens: how many tokens there is KV cache for. urgent: entered around each
     step, so that a prompt that is being read waits for it. probe: tokens to compute when the
     store could not be read, to see whether it can be again.
     """
@@ -82,7 +76,7 @@ class Scheduler:
         self,
         streams: Streams,
         *,
-        kv_bytes: int,
+        kv_tokens: int,
         limits: Limits,
         metrics: Metrics,
         probe: Sequence[int],
@@ -90,7 +84,7 @@ class Scheduler:
     ) -> None:
         self._streams, self._limits, self._metrics = streams, limits, metrics
         self._probe_tokens, self._urgent = list(probe), urgent
-        self._room = KvRoom(streams, kv_bytes - streams.step_bytes(limits.streams))
+        self._room = KvRoom(streams, kv_tokens)
         self._changed = threading.Condition()
         self._waiting: list[Answer] = []
         self._reading: Answer | None = None
@@ -133,7 +127,7 @@ class Scheduler:
 
     def fits(self, prompt: int, answer: int) -> bool:
         """Tell whether so many tokens can ever be let in."""
-        return self._room.most_bytes(prompt, answer) <= self._room.total
+        return self._room.fits(prompt, answer)
 
     def status(self) -> tuple[str, str | None]:
         """Say how it is: "ok", "unreadable", "stopping" or "broken", and why."""
@@ -147,7 +141,7 @@ class Scheduler:
             return "ok", None
 
     def load(self) -> dict[str, int]:
-        """Count answers waiting and running, and bytes of KV cache used and there."""
+        """Count answers waiting and running, and tokens of KV cache used and there."""
         with self._changed:
             return {
                 "waiting": len(self._waiting),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
+import signal
 import socket
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -13,7 +16,7 @@ import uvicorn
 from zipmoe._errors import ZipmoeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from fastapi import FastAPI
 
@@ -59,12 +62,25 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._ready = service, ready
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at SIGTERM and SIGINT; unlike uvicorn's, do not die of them when all is done."""
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+        _tell_systemd("READY=1")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.scheduler.stop()
+        _tell_systemd("STOPPING=1")
         ending = asyncio.create_task(self._end_after_grace())
         await super().shutdown(sockets)
         ending.cancel()
@@ -72,6 +88,14 @@ class _Server(uvicorn.Server):
     async def _end_after_grace(self) -> None:
         await asyncio.sleep(self._service.limits.grace)
         await asyncio.to_thread(self._service.close)
+
+
+def _tell_systemd(state: str) -> None:
+    """Tell the service manager, if one has started this process and wants to know."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
 def run(app: FastAPI, service: Service, taken: socket.socket, ready: Callable[[], Any]) -> None:

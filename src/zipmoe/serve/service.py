@@ -34,7 +34,8 @@ _PROBE_TOKENS = 4
 class Service:
     """One model that is served under a name.
 
-    It has computed a token when it is made. Close it, or threads stay.
+    kv_tokens: how many tokens there is KV cache for. It has computed a token when it is made. Close
+    it, or threads stay.
 
     Raises
     ------
@@ -44,7 +45,9 @@ class Service:
         The store cannot be read.
     """
 
-    def __init__(self, loaded: Loaded, streams: Streams, name: str, limits: Limits) -> None:
+    def __init__(
+        self, loaded: Loaded, streams: Streams, name: str, limits: Limits, *, kv_tokens: int
+    ) -> None:
         if loaded.tokenizer is None:
             raise ZipmoeError("the checkpoint has no tokenizer: it cannot be served")
         self.loaded, self.name, self.limits = loaded, name, limits
@@ -59,10 +62,9 @@ class Service:
         first = streams.open()
         streams.prefill(first, probe)
         streams.close(first)
-        report = loaded.memory
         self.scheduler = Scheduler(
             streams,
-            kv_bytes=report.kv + report.scratch,
+            kv_tokens=kv_tokens,
             limits=limits,
             metrics=self.metrics,
             probe=probe,

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from serving import serving
 from small_store import write_store
 from typer.testing import CliRunner
 
 from zipmoe import _serve_command
 from zipmoe.cli import app
-
-pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 LONG = {
     "model": "store",
@@ -157,8 +156,6 @@ def test_the_key_comes_from_a_file_or_the_environment_and_is_nowhere_else(store,
 
 
 def test_no_thread_and_no_descriptor_is_left(store):
-    from serving import serving  # noqa: PLC0415
-
     def held():
         return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
 

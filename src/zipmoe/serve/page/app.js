@@ -52,7 +52,7 @@ async function answer(item) {
       stream: true,
       stream_options: { include_usage: true },
       temperature: Number(at("temperature").value),
-      max_completion_tokens: Number(at("max-tokens").value),
+      max_completion_tokens: Number(at("max-tokens").value) || null,
     }),
   });
   if (!response.ok) throw new Error((await response.json()).error.message);

@@ -16,6 +16,7 @@ __all__ = ["Machine", "Spent", "diagnose"]
 
 _WINDOW_S = 60.0
 _LEAST_TOKENS = 8  # fewer say nothing about where the time goes
+_MORE_BYTES = 2_000_000_000  # of memory, what it would save
 _BOUND = 0.4  # of the time, from which on a part is what to look at
 
 
@@ -70,8 +71,14 @@ class Machine:
             "experts": {"slots": min(runtime.cache.slots, experts), "all": experts},
             "spent": vars(spent) | {"multiply": spent.multiply},
             "engaged": runtime.engaged(),
-            "diagnosis": diagnose(self._lately(spent)),
+            "diagnosis": diagnose(self._lately(spent), self._saved()),
         }
+
+    def _saved(self) -> float:
+        """Estimate the part of the reads that `_MORE_BYTES` of memory would save."""
+        cache = self._service.loaded.runtime.cache
+        more = round(_MORE_BYTES / (cache.allocated_bytes / cache.slots))
+        return self._service.demand.saved(cache.slots, more)
 
     def _spent(self) -> Spent:
         counters, metrics = self._service.metrics.counters(), self._service.metrics
@@ -95,23 +102,28 @@ class Machine:
         return spent.since(self._past[0][1])
 
 
-def diagnose(lately: Spent) -> str:
-    """Say in one sentence what takes the time, and what would help."""
+def diagnose(lately: Spent, saved: float) -> str:
+    """Say in one sentence what takes the time, and what would help.
+
+    saved: what part of the reads some more memory (`_MORE_BYTES`) would save.
+    """
     if lately.tokens < _LEAST_TOKENS or lately.wall <= 0:
         return "idle: no tokens to judge by"
-    asked = lately.hits + lately.misses
-    hit = f"{lately.hits / asked:.0%} of the experts were in memory" if asked else "no experts"
-    read = budget.format_bytes(lately.bytes_read / lately.tokens)
-    waiting = lately.wait / lately.wall
+    waiting = min(lately.wait / lately.wall, 1.0)
+    multiplying = min(lately.multiply / lately.wall, 1.0)
     if waiting >= _BOUND:
+        more, gain = budget.format_bytes(_MORE_BYTES), waiting * saved
+        read = budget.format_bytes(lately.bytes_read / lately.tokens)
         return (
-            f"disk-bound: {min(waiting, 1):.0%} of the time waits on reads, {read} a token; {hit}, "
-            "so more memory helps"
+            f"disk-bound: {waiting:.0%} of the time waits on reads, {read} a token; {more} more "
+            f"memory would save about {gain:.0%}"
         )
-    multiplying = lately.multiply / lately.wall
     if multiplying >= _BOUND:
         return (
-            f"compute-bound: {min(multiplying, 1):.0%} of the time is multiplying; {hit}, so more "
-            "memory would not help much"
+            f"compute-bound: {multiplying:.0%} of the time is multiplying, {waiting:.0%} waits on "
+            "reads; more memory would not help much"
         )
-    return f"mixed: {waiting:.0%} of the time waits on reads, {multiplying:.0%} multiplies; {hit}"
+    return (
+        f"mixed: {waiting:.0%} of the time waits on reads, {multiplying:.0%} multiplies, and the "
+        "rest is between the two"
+    )

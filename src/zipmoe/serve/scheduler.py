@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zipmoe.serve.answer import Answer, Request
+    from zipmoe.serve.demand import Demand
     from zipmoe.serve.limits import Limits
     from zipmoe.serve.metrics import Metrics
 
@@ -80,10 +81,11 @@ class Scheduler:
         limits: Limits,
         metrics: Metrics,
         probe: Sequence[int],
+        demand: Demand,
         urgent: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._streams, self._limits, self._metrics = streams, limits, metrics
-        self._probe_tokens, self._urgent = list(probe), urgent
+        self._probe_tokens, self._urgent, self._demand = list(probe), urgent, demand
         self._room = KvRoom(streams, kv_tokens)
         self._changed = threading.Condition()
         self._waiting: list[Answer] = []
@@ -218,6 +220,7 @@ class Scheduler:
             self._failed(answer, error)
         else:
             self._readable()
+            self._demand.note()
             self._metrics.prompt_read(answer.request, len(rest), time.monotonic() - started)
             self._took(answer, logits)
         with self._changed:
@@ -256,6 +259,7 @@ class Scheduler:
             else:
                 self._readable()
             self._metrics.stepped(len(batch), time.monotonic() - started)
+            self._demand.note()
             for answer, logits in zip(batch, rows, strict=True):
                 if logits is not None:
                     self._took(answer, logits)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from zipmoe._errors import ZipmoeError
 from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
 from zipmoe.serve.constrain import Constraints
+from zipmoe.serve.demand import Demand
 from zipmoe.serve.documents import ChatWriter, TextWriter
 from zipmoe.serve.errors import no_model, refused, too_long
 from zipmoe.serve.metrics import Metrics
@@ -62,18 +64,23 @@ class Service:
         first = streams.open()
         streams.prefill(first, probe)
         streams.close(first)
+        engine = loaded.runtime.source.engine
+        self.demand = Demand(loaded.runtime.source)
         self.scheduler = Scheduler(
             streams,
             kv_tokens=kv_tokens,
             limits=limits,
             metrics=self.metrics,
             probe=probe,
+            demand=self.demand,
+            urgent=nullcontext if engine is None else engine.urgent,
         )
         self.metrics.load = self.scheduler.load
 
     def close(self) -> None:
         """End what is left, and the threads."""
         self.scheduler.close()
+        self.demand.close()
 
     def request(
         self, asked: ChatRequest | CompletionRequest, sink: Callable[[Delta], object]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 import zipmoe
+from zipmoe import kv
 from zipmoe.serve.api import build
 from zipmoe.serve.limits import Limits
 from zipmoe.serve.server import bound_socket
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+
+CONVERSATIONS = 16
 
 
 class Watched(Streams):
@@ -62,10 +66,11 @@ class Watched(Streams):
 class Served:
     """A server of a store at `url`; its `service`, `streams` and log `lines`."""
 
-    def __init__(self, loaded: Any, limits: Limits, key: str | None) -> None:
+    def __init__(self, loaded: Any, limits: Limits, key: str | None, name: str) -> None:
         self.loaded, self.lines = loaded, []
         self.streams = Watched(loaded)
-        self.service = Service(loaded, self.streams, "tiny", limits, kv_tokens=16 * 256)
+        held = CONVERSATIONS * kv.room(loaded.context)
+        self.service = Service(loaded, self.streams, name, limits, kv_tokens=held)
         app = build(self.service, self.lines.append, key=key, is_local=True)
         self._socket = bound_socket("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -86,11 +91,18 @@ class Served:
 
 @contextmanager
 def serving(
-    store: Path, *, limits: Limits | None = None, key: str | None = None, **options: Any
+    store: Path,
+    *,
+    limits: Limits | None = None,
+    key: str | None = None,
+    name: str = "tiny",
+    memory: str = "16GB",
+    **options: Any,
 ) -> Iterator[Served]:
     """Serve a store inside the block."""
-    with zipmoe.load(store, memory="16GB", conversations=16, streams=16, **options) as loaded:
-        served = Served(loaded, limits or Limits(), key)
+    sizes = {"conversations": CONVERSATIONS, "streams": 16}
+    with zipmoe.load(store, memory=memory, **sizes, **options) as loaded:
+        served = Served(loaded, limits or Limits(), key, name)
         served.start()
         try:
             yield served

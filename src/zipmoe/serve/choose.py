@@ -60,7 +60,8 @@ class Chooser:
         grammar: Grammar | None = None,
     ) -> None:
         self._sampling, self._shown, self._grammar = sampling, shown, grammar
-        self._draws = np.random.Generator(np.random.Philox(key=[sampling.seed % 2**64, index]))
+        key = np.array([sampling.seed % 2**64, index], np.uint64)
+        self._draws = np.random.Generator(np.random.Philox(key=key))
 
     @property
     def is_complete(self) -> bool:

@@ -77,9 +77,10 @@ def build(
 
 def _add_answers(app: FastAPI, service: Service, log: Callable[[dict[str, Any]], None]) -> None:
     async def answered(asked: Any, http: HttpRequest) -> Response:
-        listener = Listener(http.receive)
+        listener = Listener()
         request, writer = await asyncio.to_thread(service.request, asked, listener.sink)
         service.scheduler.submit(request)
+        listener.watch(http.receive, lambda: service.scheduler.cancel(request))
         exchange = _Exchange(service, request, writer, listener, log)
         if not asked.stream:
             return await exchange.whole()

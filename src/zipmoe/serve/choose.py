@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from zipmoe.sampling import draw
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -99,16 +101,12 @@ class Chooser:
         return logits
 
     def _drawn(self, logits: Tensor) -> int:
-        """Draw from the distribution, cut to top_k, then top_p, then min_p."""
         sampling = self._sampling
-        values = logits.numpy().astype(np.float64) / sampling.temperature
-        order = np.argsort(-values, kind="stable")
-        if sampling.top_k > 0:
-            order = order[: sampling.top_k]
-        weights = np.exp(values[order] - values[order[0]])
-        weights /= weights.sum()
-        kept = np.cumsum(weights) - weights < sampling.top_p
-        kept &= weights >= sampling.min_p * weights[0]
-        reached = np.cumsum(weights[kept])
-        at = np.searchsorted(reached, self._draws.random() * reached[-1], side="right")
-        return int(order[kept][min(at, len(reached) - 1)])
+        return draw(
+            logits.numpy(),
+            self._draws.random(),
+            temperature=sampling.temperature,
+            top_k=max(0, sampling.top_k),
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )

@@ -16,15 +16,12 @@ __all__ = ["Listener"]
 
 
 class Listener:
-    """Takes deltas of one request, and notices when its client leaves.
+    """Takes deltas of one request. Made in the loop; `sink` may be called from any thread."""
 
-    receive: of the request, its body read. Made in the loop; `sink` may be called from any thread.
-    """
-
-    def __init__(self, receive: Callable[[], Awaitable[Any]]) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        self._watch = self._loop.create_task(self._watch_client(receive))
+        self._watch: asyncio.Task[None] | None = None
 
     def sink(self, delta: Delta) -> None:
         """Take what is new."""
@@ -40,11 +37,19 @@ class Listener:
         except TimeoutError:
             return None
 
+    def watch(self, receive: Callable[[], Awaitable[Any]], on_gone: Callable[[], object]) -> None:
+        """Notice from now on when the client leaves. receive: of its request, the body read."""
+        self._watch = self._loop.create_task(self._watch_client(receive, on_gone))
+
     def close(self) -> None:
         """Listen no more."""
-        self._watch.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
 
-    async def _watch_client(self, receive: Callable[[], Awaitable[Any]]) -> None:
+    async def _watch_client(
+        self, receive: Callable[[], Awaitable[Any]], on_gone: Callable[[], object]
+    ) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        on_gone()
         self._deltas.put_nowait(Delta(0, error=gone()))

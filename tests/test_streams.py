@@ -79,14 +79,14 @@ class Request:
 class Company:
     """Streams that come, go, decode, go back and are read further, at random."""
 
-    def __init__(self, loaded: zipmoe.Loaded, seed: int, longest: int = 0) -> None:
-        self.loaded, self.rng, self.longest = loaded, random.Random(seed), longest
+    def __init__(self, loaded: zipmoe.Loaded, seed: int) -> None:
+        self.loaded, self.rng = loaded, random.Random(seed)
         self.streams = Streams(loaded)
         self.running: list[Request] = []
         self.widths: set[int] = set()
 
     def join(self) -> None:
-        ids = text(self.loaded, self.rng) * (self.longest // 60 + 1)
+        ids = text(self.loaded, self.rng)
         request = Request(self.streams.open(), ids, alone(self.loaded, ids, 1))
         self.running.append(request)
         self.read(request, self.rng.randrange(1, len(ids)))
@@ -95,14 +95,19 @@ class Company:
         part = request.ids[request.seen : request.seen + count]
         request.check(self.streams.prefill(request.stream, part), len(part))
 
+    def read_on(self) -> None:
+        request = self.rng.choice(self.running)
+        left = len(request.ids) - request.seen
+        if left:
+            self.read(request, self.rng.randrange(1, left + 1))
+
     def go_back(self) -> None:
         request = self.rng.choice(self.running)
         length = self.rng.randrange(request.seen)
         request.seen = self.streams.truncate(request.stream, length)
         assert request.seen in {0, length}
         assert request.stream.tokens == request.ids[: request.seen]
-        left = len(request.ids) - request.seen
-        self.read(request, min(self.rng.randrange(1, 9), left))
+        self.read(request, min(self.rng.randrange(1, 9), len(request.ids) - request.seen))
 
     def step(self) -> None:
         able = [r for r in self.running if r.seen < len(r.ids)]
@@ -130,6 +135,8 @@ class Company:
                 self.leave(self.rng.choice(self.running))
             elif self.running and chance < 0.5:
                 self.go_back()
+            elif self.running and chance < 0.58:
+                self.read_on()
             else:
                 self.step()
 
@@ -226,6 +233,24 @@ def test_a_closed_stream_frees_its_memory(family_store: Any) -> None:
         with pytest.raises(ValueError, match="closed"):
             streams.decode([kept, gone], [1, 2])
         streams.decode([kept], [1])
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_a_stream_that_is_closed_in_the_middle_of_its_prompt_ends(
+    name: str, family_store: Any
+) -> None:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded:
+        streams = Streams(loaded)
+        gone, kept = streams.open(), streams.open()
+        layers, seen = loaded.model.model.layers, []
+        layers[0].register_forward_pre_hook(lambda *_: streams.close(gone))
+        layers[-1].register_forward_hook(lambda *_: seen.append(1))
+        with pytest.raises(kv.UnwantedError):
+            streams.prefill(gone, [5, 6, 7])
+        assert gone.cache is None
+        assert gone.tokens == []
+        assert not seen
+        assert torch.equal(streams.prefill(kept, [5, 6]), alone(loaded, [5, 6], 2)[0])
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])

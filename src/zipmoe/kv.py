@@ -31,6 +31,7 @@ __all__ = [
     "NotSharedError",
     "SharedLayer",
     "SharedStep",
+    "UnwantedError",
     "attach",
     "grow_in_place",
     "room",
@@ -45,11 +46,16 @@ def room(tokens: int) -> int:
     return -(-(tokens + 1) // _STEP) * _STEP
 
 
+class UnwantedError(ZipmoeError):
+    """A sequence was given up while it was computed."""
+
+
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` with room behind its keys and values [batch, heads, tokens, width]."""
 
     keys: torch.Tensor
     values: torch.Tensor
+    is_wanted = True  # else nothing may be added: whoever is at it ends with `UnwantedError`
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -81,6 +87,8 @@ class GrowingLayer(DynamicLayer):
         Returns where it begins in `keys` and `values`, which have the new length. like: of the
         dtype that a new cache is to have.
         """
+        if not self.is_wanted:
+            raise UnwantedError("nobody wants these tokens any more")
         if not self.is_initialized:
             self.lazy_initialization(like, like)
         begin = self.keys.shape[-2] if self.keys.numel() else 0

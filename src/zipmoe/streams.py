@@ -86,7 +86,14 @@ class Streams:
         return Stream(self._new_cache())
 
     def close(self, stream: Stream) -> None:
-        """Free its memory. Idempotent."""
+        """Free its memory. Idempotent.
+
+        A prefill of it that is under way in another thread ends at the next layer that keeps the
+        whole sequence, with `kv.UnwantedError`.
+        """
+        for layer in getattr(stream.cache, "layers", ()):
+            if isinstance(layer, kv.GrowingLayer):
+                layer.is_wanted = False
         stream.cache, stream.tokens, stream.is_open = None, [], False
         with self._lock:
             self._decoding.discard(stream)
@@ -104,6 +111,8 @@ class Streams:
             No tokens, or a closed stream.
         FetchError, CorruptError
             An expert could not be read. All streams can be used again.
+        UnwantedError
+            The stream was closed meanwhile.
         """
         _check_open([stream])
         if not token_ids:
@@ -203,8 +212,11 @@ class Streams:
                 **self._last_only,
             )
         except BaseException:
-            self._go_back(stream, stream.length)  # some layers may have the new tokens already
+            if stream.is_open:
+                self._go_back(stream, stream.length)  # some layers may have the new tokens already
             raise
+        if not stream.is_open:
+            raise kv.UnwantedError("the stream was closed while its prompt was read")
         stream.cache = out.past_key_values
         stream.tokens.extend(token_ids)
         return out.logits[0, -1].float()
@@ -227,7 +239,7 @@ class Streams:
             rows = [self._forward(s, [t]) for s, t in zip(streams, token_ids, strict=True)]
         except BaseException:
             for stream, length in zip(streams, lengths, strict=True):
-                if stream.length > length:
+                if stream.is_open and stream.length > length:
                     self._go_back(stream, length)
             raise
         return torch.stack(rows)

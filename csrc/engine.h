@@ -118,6 +118,7 @@ class Engine : private EngineCall {
   void round_total(std::uint64_t tokens, std::uint16_t* y, std::ptrdiff_t stride);
   void run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, const Input& x,
                    std::uint64_t shared);
+  void run_long_task(ExpertCache& cache, std::uint64_t layer);
   void join_resident(ExpertCache& cache, std::uint64_t layer, Gate kind, std::uint64_t shared);
   [[nodiscard]] std::uint64_t place_of(std::span<const Visit> visits, std::uint64_t shared) const;
   bool take_expert(ExpertCache& cache, std::uint64_t layer, Gate kind,

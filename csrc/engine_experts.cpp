@@ -206,6 +206,7 @@ void Engine::run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, con
   const std::uint64_t columns = shared + visits_.size();
   kept_columns_ = columns <= kFewColumns ? columns : 0;
   if (kept_columns_ != 0) grown<float>(kept_, columns * width_);
+  if (!tasks_.empty()) run_long_task(cache, layer);
   do {
     if (kept_columns_ != 0) join_resident(cache, layer, kind, shared);
     if (tasks_.empty()) {
@@ -220,6 +221,26 @@ void Engine::run_experts(ExpertCache& cache, std::uint64_t layer, Gate kind, con
     give_way(cache, layer);
   } while (!pending_.empty());
   if (kept_columns_ != 0) add_kept(shared);
+}
+
+// All but the last columns of the only task, in the turns in which they are multiplied anyway:
+// nobody who is urgent waits until a shared expert has seen a whole long prompt.
+void Engine::run_long_task(ExpertCache& cache, std::uint64_t layer) {
+  GatedTask& task = tasks_.front();
+  const Columns x = task.x;
+  const std::span<const Visit> visits = task.visits;
+  std::uint32_t first = 0;
+  const auto take = [&](std::uint32_t count) {
+    task.x = {x.data + first * x.stride, x.stride, count};
+    task.visits = visits.subspan(first, count);
+  };
+  for (; x.count - first > kMostColumns; first += kMostColumns) {
+    take(kMostColumns);
+    run_tasks(cache, layer);
+    ++groups_;
+    give_way(cache, layer);
+  }
+  take(x.count - first);
 }
 
 // Experts that are in memory become tasks, and are pending no more.

@@ -15,8 +15,6 @@ namespace {
 // few columns stay in the first cache while all of these rows pass.
 constexpr std::uint32_t kManyColumns = 24;
 constexpr std::uint64_t kManyRows = 32;
-// More are multiplied in turns, or their sums would leave the second cache.
-constexpr std::uint32_t kMostColumns = 512;
 
 // Rows of a decoded panel do not lie a power of two apart, for the reason given at column_stride.
 constexpr std::uint32_t kPanelSkew = 32;

@@ -46,6 +46,10 @@ struct Input {
   std::uint64_t count;
 };
 
+// More are multiplied in turns, each of which decodes the weights, or their sums would leave the
+// second cache.
+inline constexpr std::uint32_t kMostColumns = 512;
+
 // What a thread needs to multiply. Allocates when it grows, never otherwise.
 class Multiplier {
  public:

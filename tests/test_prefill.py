@@ -96,3 +96,17 @@ def test_each_expert_is_read_once_and_the_next_layers_before_this_one_ends(
         assert counters["bytes_read"] == all_bytes
         assert counters["ahead_used"] == counters["ahead_reads"]
         assert all(np.diff([0, *ahead])[:-1] > 0)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])  # with a shared expert
+def test_more_tokens_than_are_multiplied_in_one_go_give_the_bits_of_pieces(
+    name: str, family_store: Any
+) -> None:
+    with zipmoe.load(family_store(name), memory="64GB") as loaded, torch.no_grad():
+        model, generator = loaded.model, torch.Generator().manual_seed(7)
+        ids = torch.randint(3, model.config.vocab_size, (1, 1100), generator=generator)
+        found = []
+        for pieces in ([ids], ids.split(400, dim=1)):
+            past = DynamicCache(config=model.config)
+            found.append(torch.cat([model(p, past_key_values=past).logits for p in pieces], dim=1))
+        assert torch.equal(*found)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-PROMPT, STEPS = 300, 12
+PROMPT, STEPS = 600, 12  # more than are multiplied in one go
 PATIENCE = 120  # seconds
 
 

@@ -1,8 +1,10 @@
 """The server's parts, apart from any socket and model."""
 
 import json
+import threading
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,14 +14,16 @@ from hypothesis import strategies as st
 from transformers.utils.chat_parsing import ResponseParser
 
 from zipmoe import kv
-from zipmoe.serve.answer import Delta, Request
+from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
 from zipmoe.serve.demand import Demand
 from zipmoe.serve.documents import ChatWriter
+from zipmoe.serve.limits import Limits
 from zipmoe.serve.machine import Spent, diagnose
 from zipmoe.serve.pieces import StopTexts
 from zipmoe.serve.prompts import ToolCalls
 from zipmoe.serve.room import KvRoom
+from zipmoe.serve.scheduler import Scheduler
 
 # ---- texts that end an answer
 
@@ -156,6 +160,58 @@ def test_kept_streams_make_room_the_oldest_first():
     assert streams.closed == 1
     assert room.admit(wanting([2] * 50, 1)) is True
     assert room.used <= room.total
+
+
+# ---- the scheduler
+
+
+class Endless(FakeStreams):
+    """Reads a prompt until its stream is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.is_closed = threading.Event(), threading.Event()
+
+    def prefill(self, *_):
+        self.reads.set()
+        assert self.is_closed.wait(20)
+        raise kv.UnwantedError("closed")
+
+    def close(self, stream):
+        super().close(stream)
+        self.is_closed.set()
+
+
+@pytest.mark.parametrize(("way", "status"), [("cancel", 499), ("close", 503)])
+def test_a_prompt_is_not_read_to_its_end_when_nobody_waits_for_it(way, status):
+    streams, told = Endless(), []
+    scheduler = Scheduler(
+        streams,
+        kv_tokens=4096,
+        limits=Limits(),
+        metrics=MagicMock(),
+        probe=[1],
+        demand=MagicMock(),
+    )
+    request = Request("r", [1, 2, 3], told.append)
+    request.answers.append(
+        Answer(
+            request,
+            0,
+            max_tokens=5,
+            ends=frozenset(),
+            chooser=Chooser(Sampling()),
+            pieces=None,
+        )
+    )
+    scheduler.submit(request)
+    assert streams.reads.wait(20)
+    assert scheduler.load()["running"] == 1
+    if way == "cancel":
+        scheduler.cancel(request)
+    scheduler.close()
+    assert [delta.error.status for delta in told] == [status]
+    assert scheduler.load()["kv_used"] == 0
 
 
 # ---- tool calls

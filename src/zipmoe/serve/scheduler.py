@@ -16,6 +16,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zipmoe import kv
 from zipmoe._errors import CorruptError, FetchError
 from zipmoe.serve.errors import (
     NO_READER,
@@ -62,7 +63,7 @@ class Streams(Protocol):
         """Forget all but the first tokens; give how many are left."""
 
     def close(self, stream: Any) -> None:
-        """Free its memory."""
+        """Free its memory; a prefill of it in another thread ends with `kv.UnwantedError`."""
 
 
 class Scheduler:
@@ -125,6 +126,8 @@ class Scheduler:
         """End a request whose client has left; its memory is free within a step."""
         with self._changed:
             request.is_cancelled = True
+            if self._reading is not None and self._reading.request is request:
+                self._streams.close(self._reading.stream)  # or it would be read to its end
             self._changed.notify_all()
 
     def fits(self, prompt: int, answer: int) -> bool:
@@ -162,6 +165,8 @@ class Scheduler:
         """End what is left with an error, and both threads. Idempotent."""
         with self._changed:
             self._is_stopping = self._is_closed = True
+            if self._reading is not None:
+                self._streams.close(self._reading.stream)
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
@@ -218,6 +223,10 @@ class Scheduler:
             logits = self._streams.prefill(answer.stream, rest)
         except _READ_ERRORS as error:
             self._failed(answer, error)
+        except (kv.UnwantedError, ValueError):  # closed while it was read, or just before
+            if not (answer.request.is_cancelled or self._is_closed):
+                raise
+            answer.fail(gone() if answer.request.is_cancelled else stopping(self._limits.grace))
         else:
             self._readable()
             self._demand.note()

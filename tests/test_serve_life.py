@@ -61,7 +61,7 @@ class Running:
 @contextmanager
 def running(store, *words, **environment):
     found = Running(store, *words, **environment)
-    watchdog = threading.Timer(100, found.process.kill)
+    watchdog = threading.Timer(300, found.process.kill)
     watchdog.start()
     try:
         assert found.url, found.said
@@ -105,12 +105,12 @@ def test_without_the_extra_one_sentence_says_what_to_install(store, monkeypatch)
 
 
 def test_it_is_ready_after_a_real_token_and_sigterm_lets_answers_end(store, tmp_path):
-    words = ["--context", "3000", "--memory", "2GB"]
+    words = ["--context", "500", "--memory", "2GB"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         with running(store, *words, NOTIFY_SOCKET=str(tmp_path / "notify")) as server:
             assert manager.recv(100) == b"READY=1"
-            fields = LONG | {"stream": True, "max_tokens": 1500}
+            fields = LONG | {"stream": True, "max_tokens": 400}
             url = f"{server.url}/v1/chat/completions"
             with httpx.stream("POST", url, json=fields, timeout=60) as response:
                 lines = response.iter_lines()
@@ -119,11 +119,11 @@ def test_it_is_ready_after_a_real_token_and_sigterm_lets_answers_end(store, tmp_
                 rest = [line for line in lines if line]
             assert rest[-1] == "data: [DONE]"
             assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
-            assert server.process.wait(30) == 0
+            assert server.process.wait(100) == 0
             assert manager.recv(100) == b"STOPPING=1"
     server._drain.join()
     line = json.loads(server.said[-2])
-    assert (line["status"], line["completion_tokens"]) == (200, 1500)
+    assert (line["status"], line["completion_tokens"]) == (200, 400)
     assert server.said[-1] == "stopped\n"
 
 
@@ -139,8 +139,8 @@ def test_what_is_left_after_the_grace_ends_with_a_reason(store):
             began = time.monotonic()
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "stopping"
-        assert server.process.wait(30) == 0
-        assert time.monotonic() - began < 5
+        assert server.process.wait(100) == 0
+        assert time.monotonic() - began < 30
 
 
 def test_the_key_comes_from_a_file_or_the_environment_and_is_nowhere_else(store, tmp_path):

@@ -105,7 +105,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(store, monkeypatch)
 
 
 def test_it_is_ready_after_a_real_token_and_sigterm_lets_answers_end(store, tmp_path):
-    words = ["--context", "500", "--memory", "2GB"]
+    words = ["--context", "500", "--memory", "2GB", "--grace", "100"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         with running(store, *words, NOTIFY_SOCKET=str(tmp_path / "notify")) as server:

@@ -16,7 +16,7 @@ from zipmoe import _terminal, cli
 from zipmoe._errors import BudgetError, CorruptError, FetchError, MismatchError, SpaceError
 from zipmoe.cli import app
 
-COMMANDS = ["pack", "unpack", "verify", "inspect", "plan", "generate", "chat", "demo"]
+COMMANDS = ["pack", "unpack", "verify", "inspect", "plan", "generate", "chat", "demo", "serve"]
 NESTED = ["trace show", "bench policy"]
 
 

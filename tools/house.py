@@ -30,6 +30,7 @@ RUNTIME = {
     "norm",
     "packed",
     "recording",
+    "serve",
     "_expert_engine",
     "_forwards",
     "_native_block",
@@ -58,6 +59,7 @@ ABOVE |= {
     "_plan_command",
     "_planning",
     "_routing_commands",
+    "_serve_command",
 }
 PRINTING = {"cli", "_terminal"}
 # Nothing in the core may know these.

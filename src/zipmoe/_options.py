@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -20,3 +21,32 @@ def memory_size(text: str) -> int:
         return parse_memory(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+Store = Annotated[Path, typer.Argument(help="Folder that `zipmoe pack` made.", metavar="STORE")]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        parser=memory_size,
+        metavar="SIZE",
+        help="Memory that the whole process may take, as 2GB, 1.5GiB or 800MB. Default: what the "
+        "cgroup or the machine has available less a reserve of a tenth, at least 256 MB.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="TOKENS",
+        help="Most tokens of prompt and answers together; their KV cache is counted in the memory. "
+        "Default: 4096, or the model's maximum if that is less.",
+    ),
+]
+Compute = Annotated[
+    Literal["native", "torch"],
+    typer.Option(
+        metavar="NAME",
+        help="native: straight from the packed weights, the quick one. torch: decoded weights "
+        "through torch's own operators, exactly as stock.",
+    ),
+]

@@ -58,13 +58,16 @@ class LoadOptions:
 
     memory: bytes for the whole process, None for what is available less a reserve. context: most
     tokens of prompt and answer together, None for 4096 or the model's own maximum if that is
-    less. batch: sequences that run together, each as long as that. policy: which expert goes when
-    a slot is needed, "" for the default. lookahead: whether layers ask the next one's router what
-    it will want.
+    less. batch: sequences that run together, each as long as that. conversations: how many of that
+    length are held side by side (`zipmoe.streams`), 0 for one that is not. streams: how many
+    answers are written while a prompt is read. policy: which expert goes when a slot is needed, ""
+    for the default. lookahead: whether layers ask the next one's router what it will want.
     """
 
     memory: int | None = None
     context: int | None = None
+    conversations: int = 0
+    streams: int = 0
     compute: str = "native"
     policy: str = ""
     batch: int = 1

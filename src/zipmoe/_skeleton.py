@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zipmoe import _core, footprint, packed
+from zipmoe import _core, footprint, kv, packed
 from zipmoe._errors import MismatchError
 from zipmoe._index import CODECS, PAGE, ceil_to
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from zipmoe._quantizer import LoadOptions
+    from zipmoe.budget import Activations
     from zipmoe.dense import DenseTensor
 
 __all__ = ["Skeleton", "bind_skeleton", "cache_slots"]
@@ -86,8 +87,9 @@ def bind_skeleton(model: Any, store: Any, options: LoadOptions, base_bytes: int)
     needs = Needs(
         base=base_bytes,
         dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)) + dense.nbytes,
-        kv=demand.kv_bytes(context, options.batch),
-        scratch=demand.scratch_bytes(context, options.batch),
+        kv=_kv_bytes(demand, context, options),
+        scratch=demand.scratch_bytes(context, options.batch)
+        + _step_bytes(demand, shape, options.streams),
         cache_floor=floor,
         cache_all=floor + _all_experts_bytes(table),
         loading=max(transient, dense.loading_bytes),
@@ -96,6 +98,17 @@ def bind_skeleton(model: Any, store: Any, options: LoadOptions, base_bytes: int)
     sizes = _model_sizes(model, store, dense, table, top_k=shape.top_k)
     sizes = replace(sizes, state_bytes=demand.states.linear)
     return Skeleton(source, dense, tensors, paths, table, context, demand, needs, sizes)
+
+
+def _kv_bytes(demand: Demand, context: int, options: LoadOptions) -> int:
+    if options.conversations:
+        return demand.kv_bytes(kv.room(context), options.conversations)
+    return demand.kv_bytes(context, options.batch)
+
+
+def _step_bytes(demand: Demand, shape: Activations, streams: int) -> int:
+    """Bytes that one token more of each of some streams holds at once, all their logits too."""
+    return demand.forward.at(streams) + streams * shape.vocabulary * 8 if streams else 0
 
 
 def cache_slots(table: NDArray[np.uint64], cache_bytes: int) -> int:

@@ -10,14 +10,15 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from . import __version__
-from ._options import Codec, Json, memory_size
+from ._options import Codec, Compute, Context, Json, Memory, Store, memory_size
 from ._plan_command import plan
 from ._routing_commands import bench_app, trace_app
+from ._serve_command import serve
 from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
 
 app = typer.Typer(
@@ -37,25 +38,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Store = Annotated[Path, typer.Argument(help="Folder that `zipmoe pack` made.", metavar="STORE")]
-Memory = Annotated[
-    int | None,
-    typer.Option(
-        parser=memory_size,
-        metavar="SIZE",
-        help="Memory that the whole process may take, as 2GB, 1.5GiB or 800MB. Default: what the "
-        "cgroup or the machine has available less a reserve of a tenth, at least 256 MB.",
-    ),
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="TOKENS",
-        help="Most tokens of prompt and answers together; their KV cache is counted in the memory. "
-        "Default: 4096, or the model's maximum if that is less.",
-    ),
-]
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of one answer.")]
 Temperature = Annotated[
     float,
@@ -72,14 +54,6 @@ Record = Annotated[
         metavar="FILE",
         help="Write which experts each token chose to this file, for `zipmoe trace show` and "
         "`zipmoe bench policy`.",
-    ),
-]
-Compute = Annotated[
-    Literal["native", "torch"],
-    typer.Option(
-        metavar="NAME",
-        help="native: straight from the packed weights, the quick one. torch: decoded weights "
-        "through torch's own operators, exactly as stock.",
     ),
 ]
 
@@ -406,6 +380,7 @@ def demo(
                 Chat(terminal, loaded, max_tokens=256, temperature=0.0, seed=0).run()
 
 
+app.command()(serve)
 app.add_typer(trace_app, name="trace")
 app.add_typer(bench_app, name="bench")
 

@@ -94,6 +94,8 @@ def load(
     memory: str | int | None = None,
     compute: str = "native",
     context: int | None = None,
+    conversations: int = 0,
+    streams: int = 0,
     policy: str = "",
     batch: int = 1,
     lookahead: bool = True,
@@ -110,6 +112,9 @@ def load(
         decoded weights through torch's own operators, bit for bit as stock transformers.
     context : most tokens of prompt and answer together; their KV cache is counted in the memory.
         None: 4096, or the model's maximum if that is less.
+    conversations : how many of that length are held side by side, through `zipmoe.streams`; 0: one,
+        by the model's own `generate`.
+    streams : how many answers are written while a prompt is read.
     policy : which expert goes when memory for one is needed: "request" (the default), or "lru",
         "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
     batch : sequences that run together in one call of the model, each of `context` tokens at most.
@@ -134,6 +139,8 @@ def load(
     options = LoadOptions(
         memory=None if memory is None else budget.parse_memory(memory),
         context=context,
+        conversations=conversations,
+        streams=streams,
         compute=compute,
         policy=policy,
         batch=batch,

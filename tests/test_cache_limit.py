@@ -193,7 +193,7 @@ shape = (512, 768)
 shards = make_shards(Path(sys.argv[1]), layers=1, experts=40, shapes=(shape,) * 2)
 out = np.ones(shape, np.uint16)
 cache = shards.open(slots=40)
-before = resident()
+before = resident() - cache.filled_bytes
 told = []
 for slots in (40, 10, 40, 2, 25):
     allocated = cache.limit(shards.capacity(slots))

@@ -68,27 +68,33 @@ std::optional<std::uint32_t> Residency::slot_of(std::uint32_t expert) const {
   return slot == kNoSlot ? std::nullopt : std::optional(slot);
 }
 
-std::optional<std::uint32_t> Residency::take(std::uint32_t expert, Victim victim) {
-  std::uint32_t slot = 0;
+bool Residency::can_take(std::uint32_t expert, Victim victim) const {
+  return !empty_.empty() || find_victim(expert, victim);
+}
+
+std::optional<Taken> Residency::take(std::uint32_t expert, Victim victim) {
+  Taken taken;
   if (!empty_.empty()) {
-    slot = empty_.back();
+    taken.slot = empty_.back();
     empty_.pop_back();
-  } else if (const auto goes = find_victim(victim)) {
-    slot = std::exchange(experts_[*goes].slot, kNoSlot);
-    policy_->withdraw(*goes);
-    policy_->evict(*goes);
+  } else if ((taken.evicted = find_victim(expert, victim))) {
+    taken.slot = std::exchange(experts_[*taken.evicted].slot, kNoSlot);
+    policy_->withdraw(*taken.evicted);
+    policy_->evict(*taken.evicted);
     ++num_evictions_;
   } else {
     return std::nullopt;
   }
-  slots_[slot] = {.expert = expert, .state = SlotState::reading};
-  experts_[expert].slot = slot;
+  slots_[taken.slot] = {.expert = expert, .state = SlotState::reading};
+  experts_[expert].slot = taken.slot;
   policy_->admit(expert);
-  return slot;
+  return taken;
 }
 
-std::optional<std::uint32_t> Residency::find_victim(Victim victim) const {
+std::optional<std::uint32_t> Residency::find_victim(std::uint32_t expert, Victim victim) const {
   const std::optional<std::uint32_t> idle = policy_->victim();
+  if (victim == Victim::worth_less)
+    return idle && policy_->is_worth_more(expert, *idle) ? idle : std::nullopt;
   if (idle || victim == Victim::idle) return idle;
   const std::optional<std::uint32_t> guess = last_to_go(expected_);
   return guess ? guess : last_to_go(listed_);
@@ -101,7 +107,6 @@ std::optional<std::uint32_t> Residency::last_to_go(std::span<const std::uint32_t
   return last == experts.rend() ? std::nullopt : std::optional(*last);
 }
 
-// Whether it is in a slot that nobody is using.
 bool Residency::may_go(std::uint32_t expert) const {
   const std::uint32_t slot = experts_[expert].slot;
   return slot != kNoSlot && slots_[slot].state == SlotState::resident && slots_[slot].num_pins == 0;
@@ -127,8 +132,8 @@ void Residency::vacate(std::uint32_t slot) {
   empty_.push_back(slot);
 }
 
-void Residency::pin(std::uint32_t slot) {
-  ++slots_[slot].num_pins;
+void Residency::pin(std::uint32_t slot, std::uint32_t times) {
+  slots_[slot].num_pins += times;
   tell_policy(slots_[slot].expert);
 }
 

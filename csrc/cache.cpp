@@ -166,7 +166,7 @@ Holding ExpertCache::wait_for_read(Lock& lock, std::uint32_t expert) {
     wait(lock);
   }
   if (read->failure) std::visit([](const auto& error) { throw error; }, *read->failure);
-  return tiers_.held(expert);
+  return tiers_.held_planes(expert);
 }
 
 void ExpertCache::wait(Lock& lock) {

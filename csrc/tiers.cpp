@@ -123,22 +123,20 @@ void Tiers::fail_read(std::uint32_t expert) {
 }
 
 Holding Tiers::hold(std::uint32_t expert) {
-  const Holding holding = held(expert);
-  if (holding.is_decoded) {
+  if (is_decoded(expert)) {
+    Holding holding;
+    holding.full = full_->slot_of(expert);
+    holding.is_decoded = true;
     full_->pin(*holding.full);
     return holding;
   }
+  const Holding holding = held_planes(expert);
   for (std::size_t i = 0; i < planes_.size(); ++i) planes_[i].pin(holding.planes[i]);
   return holding;
 }
 
-Holding Tiers::held(std::uint32_t expert) const {
+Holding Tiers::held_planes(std::uint32_t expert) const {
   Holding holding;
-  if (is_decoded(expert)) {
-    holding.full = full_->slot_of(expert);
-    holding.is_decoded = true;
-    return holding;
-  }
   for (std::size_t i = 0; i < planes_.size(); ++i) holding.planes[i] = *planes_[i].slot_of(expert);
   return holding;
 }

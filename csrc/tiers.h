@@ -72,8 +72,9 @@ class Tiers {
 
   // Holds an expert that can be used.
   Holding hold(std::uint32_t expert);
-  // The same, after `end_read` has held it.
-  [[nodiscard]] Holding held(std::uint32_t expert) const;
+  // The same, after `end_read` has held it: whoever waited has the planes, even if another of them
+  // has decoded it since.
+  [[nodiscard]] Holding held_planes(std::uint32_t expert) const;
   // Gives an expert whose planes are held a slot for its decoded weights, if it is worth one.
   void promote(std::uint32_t expert, Holding& holding);
   // They are there: from now on they are what is held.

@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -110,6 +111,15 @@ void bind_cache(nb::module_& m) {
           "floor_bytes",
           [](const Table& matrices) { return ExpertCache::floor_bytes(numbers_of(matrices)); },
           "matrices"_a)
+      .def_static(
+          "needed_bytes",
+          [](const Table& matrices, const Counts& tiers) {
+            const TierCounts counts{tiers[0], tiers[1], tiers[2], tiers[3]};
+            const ExpertTable table(numbers_of(matrices), {});
+            return SlotLayout(table, std::numeric_limits<std::uint64_t>::max(), counts)
+                .allocated_bytes();
+          },
+          "matrices"_a, "tiers"_a)
       .def_static(
           "tier_bytes",
           [](const Table& matrices) {

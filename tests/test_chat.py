@@ -65,7 +65,7 @@ def test_generate_prints_one_document_with_stock_s_tokens(checkpoint, store):
     assert document["peak_rss_bytes"] > 0
     assert document["cache"].keys() == {"hits", "misses", "bytes_read"}
     assert document["cache"]["misses"] > 0
-    engaged = {"compute", "codec", "isa", "reader", "in_parts", "fell_back"}
+    engaged = {"compute", "codec", "isa", "reader", "tiers", "in_parts", "fell_back"}
     assert document["engaged"].keys() == engaged
     assert document["memory"].keys() >= {"base", "dense", "kv", "scratch", "cache"}
 

@@ -1,4 +1,4 @@
-"""Tiers of the expert cache: parts of experts in one capacity, and the same bits from all of them."""
+"""Tiers of the expert cache: parts of experts in one capacity, the same bits from all of them."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ class Model:
 
 @given(
     split=st.sampled_from([split for split in SPLITS if split[0] == 0 and any(split[2:])]),
-    uses=st.lists(
-        st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)), max_size=60
-    ),
+    uses=st.lists(st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)), max_size=60),
 )
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_planes_leave_in_the_order_of_their_experts_last_use(shards, split, uses):

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from zipmoe import _core, attention, budget, footprint, hardware, kv, packed
+from zipmoe import _core, attention, budget, footprint, hardware, kv, packed, tiers
 from zipmoe._errors import MismatchError, ZipmoeError
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
 from zipmoe.dense import PADDING, DenseFile
@@ -60,13 +60,15 @@ class LoadOptions:
 
     memory: bytes for the whole process, None for what is available less a reserve. context: most
     tokens of prompt and answer together, None for 4096 or the model's own maximum if that is
-    less. policy: which expert goes when a slot is needed, "" for the default.
+    less. policy: which expert goes when a slot is needed, "" for the default. tiers: see
+    `zipmoe.tiers`, None for all compressed.
     """
 
     memory: int | None = None
     context: int | None = None
     compute: str = "native"
     policy: str = ""
+    tiers: tiers.Amounts | None = None
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTES:
@@ -117,7 +119,7 @@ class Runtime:
         return self.source.cache
 
     def engaged(self) -> dict[str, str]:
-        """Say what is at work: compute, codec, instruction set, reader.
+        """Say what is at work: compute, codec, instruction set, reader, experts in each tier.
 
         in_parts: attention and MoE blocks that run natively, but not in one call each. fell_back:
         what was left to torch.
@@ -128,6 +130,7 @@ class Runtime:
             "codec": self.codec["experts"],
             "isa": cache.isa if engine is None else engine.isa,
             "reader": cache.reader,
+            "tiers": tiers.described(cache.tiers),
             "in_parts": ", ".join(self.in_parts) or "nothing",
             "fell_back": ", ".join(self._fell_back()) or "nothing",
         }
@@ -168,6 +171,7 @@ class ZipmoeQuantizer(HfQuantizer):
             )
         self.options = _OPTIONS.get(LoadOptions())
         self.base_bytes = budget.base_bytes(budget.rss_bytes())
+        self._tiers: tuple[int, int, int, int] | None = None
 
     # -- before the weight files are looked for ------------------------------------------------
 
@@ -211,6 +215,8 @@ class ZipmoeQuantizer(HfQuantizer):
             needs = replace(needs, dense=needs.dense + dense.nbytes)
             memory = self.options.memory or budget.available_memory().budget
             report = budget.plan(needs, memory)
+            if self.options.tiers is not None:
+                self._tiers = tiers.counts(self.options.tiers, self._table, report)
             self._dense = DenseFile(tensors, store.read_dense)
             dense.load(store, source.engine)
         weakref.finalize(self, self._dense.close)
@@ -274,7 +280,7 @@ class ZipmoeQuantizer(HfQuantizer):
             whole_experts=any(needs_whole(module) for module in model.modules()),
             one_call=all(runs_in_one_call(module) for module in model.modules()),
         )
-        floor = _core.ExpertCache.floor_bytes(self._table)
+        floor, everything = tiers.cache_bytes(self._table, self.options.tiers)
         return budget.Needs(
             base=self.base_bytes,
             dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)),
@@ -282,7 +288,7 @@ class ZipmoeQuantizer(HfQuantizer):
             scratch=ExpertSource.buffer_bytes(layers)
             + footprint.forward_bytes(model, shape, context),
             cache_floor=floor,
-            cache_all=floor + _all_experts_bytes(self._table),
+            cache_all=everything,
             loading=loading,
         )
 
@@ -309,6 +315,7 @@ class ZipmoeQuantizer(HfQuantizer):
             self._table,
             capacity_bytes=runtime.report.cache,
             policy=self.options.policy,
+            tiers=self._tiers,
             **self._reading(),
         )
         model.zipmoe = runtime
@@ -403,17 +410,6 @@ def _check_engaged(model: nn.Module, bound: dict[str, ExpertLayer]) -> None:
         module = model.get_submodule(name)
         if hasattr(module, "has_gate") and module.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
             raise MismatchError(f"transformers does not let {name} use zipmoe's experts function")
-
-
-def _all_experts_bytes(table: Any) -> int:
-    """Room for every expert, each in a slot of the largest record's size."""
-    lengths = (table[:, 11] + 4095) // 4096 * 4096 + (table[:, 14] + 4095) // 4096 * 4096
-    experts: dict[tuple[int, int], int] = {}
-    for layer, expert, length in zip(
-        table[:, 0].tolist(), table[:, 1].tolist(), lengths.tolist(), strict=True
-    ):
-        experts[layer, expert] = experts.get((layer, expert), 0) + length
-    return len(experts) * max(experts.values())
 
 
 def _forget_quantised(model: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import __version__
-from ._options import Codec, Json, memory_size
+from ._options import Codec, Json, Tiers, memory_size
 from ._routing_commands import bench_app, trace_app
 from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
 
@@ -267,6 +267,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "native",
+    tiers: Tiers = None,
     record: Record = None,
     as_json: Json = False,
 ) -> None:
@@ -286,7 +287,7 @@ def generate(
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
         text = sys.stdin.read() if prompt == "-" else prompt
-        options = {"context": context, "compute": compute}
+        options = {"context": context, "compute": compute, "tiers": tiers}
         with (
             loaded_model(terminal, store, memory=memory, **options) as loaded,
             recorded(terminal, loaded, record),
@@ -313,6 +314,7 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "native",
+    tiers: Tiers = None,
     record: Record = None,
     system: Annotated[
         str | None,
@@ -331,7 +333,7 @@ def chat(
     from ._session import loaded_model, recorded
 
     terminal = Terminal(as_json=False)
-    options = {"context": context, "compute": compute}
+    options = {"context": context, "compute": compute, "tiers": tiers}
     answers = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     with (
         reporting(terminal),

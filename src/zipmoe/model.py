@@ -22,10 +22,11 @@ from zipmoe import budget
 from zipmoe._errors import FormatError
 from zipmoe._quantizer import LoadOptions, Runtime, loading
 from zipmoe.store import open_store
+from zipmoe.tiers import parse_tiers
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["Loaded", "load"]
 
@@ -90,6 +91,7 @@ def load(
     compute: str = "native",
     context: int | None = None,
     policy: str = "",
+    tiers: str | Sequence[int | float] | None = None,
 ) -> Loaded:
     """Load a packed model.
 
@@ -105,6 +107,10 @@ def load(
         None: 4096, or the model's maximum if that is less.
     policy : which expert goes when memory for one is needed: "request" (the default), or "lru",
         "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
+    tiers : "FULL,COMPRESSED,SM,E": how much the expert cache holds decoded, compressed, as
+        sign-mantissas alone and as exponents alone, each a number of experts or, with %, a share of
+        its memory. Whoever is worth most is in the first. Experts being used count as compressed.
+        None: all compressed. No result depends on it.
 
     Returns
     -------
@@ -116,7 +122,9 @@ def load(
     FormatError, CorruptError, MismatchError
         The store cannot be used.
     BudgetError
-        The memory is below the floor of this model and context.
+        The memory is below the floor of this model and context, or too little for the tiers.
+    ZipmoeError
+        The experts' codec does not have these tiers.
     ValueError
         An option that does not exist.
     """
@@ -125,6 +133,7 @@ def load(
         context=context,
         compute=compute,
         policy=policy,
+        tiers=None if tiers is None else parse_tiers(tiers),
     )
     folder = Path(store)
     open_store(folder).close()  # transformers reads nothing that has not been verified

@@ -18,6 +18,7 @@ from zipmoe.store import open_store
 from zipmoe.tiers import counts, parse_tiers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 SPLITS = [
@@ -29,6 +30,15 @@ SPLITS = [
     "4,0,4,4",
     "100%,0,0,0",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch's threads wait by spinning, for longer than these models compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -130,16 +130,16 @@ def test_shares_are_of_the_memory_and_fit_it(folder: Path) -> None:
 
 def test_tiers_beyond_the_memory_are_refused_with_what_would_do(folder: Path) -> None:
     store = packed(folder, "rank223")
-    with pytest.raises(BudgetError) as least:
-        zipmoe.load(store, memory=1, context=64)
-    memory = least.value.floor_bytes + 100_000
+    table = expert_table(store)
+    needed = _core.ExpertCache.needed_bytes(table, (16, 16, 0, 0))
     with pytest.raises(BudgetError, match="16 full, 16 compressed experts need") as caught:
-        zipmoe.load(store, memory=memory, context=64, tiers="16,16,0,0")
-    slack = 50_000_000  # the base is measured anew for each load
-    enough = caught.value.floor_bytes + slack
-    with zipmoe.load(store, memory=enough, context=64, tiers="16,16,0,0") as loaded:
+        counts((16, 16, 0, 0), table, MemoryReport(9_000_000, 0, 0, 0, 0, needed - 1))
+    assert caught.value.floor_bytes == 9_000_001
+    with zipmoe.load(store, memory="64GB", context=64, tiers="16,16,0,0") as loaded:
         assert loaded.runtime.cache.tiers == [16, 16, 0, 0]
-        assert loaded.runtime.cache.allocated_bytes <= loaded.memory.cache
+        assert loaded.runtime.cache.allocated_bytes == needed <= loaded.memory.cache
+    with pytest.raises(BudgetError, match="experts need"):
+        zipmoe.load(store, memory="2GB", context=64, tiers="0,16,0,900000")
 
 
 def test_raw_experts_have_no_other_tier(folder: Path) -> None:

@@ -138,8 +138,6 @@ def test_tiers_beyond_the_memory_are_refused_with_what_would_do(folder: Path) ->
     with zipmoe.load(store, memory="64GB", context=64, tiers="16,16,0,0") as loaded:
         assert loaded.runtime.cache.tiers == [16, 16, 0, 0]
         assert loaded.runtime.cache.allocated_bytes == needed <= loaded.memory.cache
-    with pytest.raises(BudgetError, match="experts need"):
-        zipmoe.load(store, memory="2GB", context=64, tiers="0,16,0,900000")
 
 
 def test_raw_experts_have_no_other_tier(folder: Path) -> None:

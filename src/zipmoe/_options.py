@@ -24,10 +24,10 @@ Tiers = Annotated[
     str | None,
     typer.Option(
         callback=check_tiers,
-        metavar="FULL,COMPRESSED,SM,E",
-        help="How much the expert cache holds decoded, compressed, as sign-mantissas alone and as "
-        "exponents alone: four amounts, each a number of experts or, with %, a share of its "
-        "memory, as 0,40%,60%,0. Experts being used count as compressed. Default: all compressed.",
+        metavar="F,C,S,E",
+        help="How much the expert cache holds decoded (full), compressed, as sign-mantissas alone "
+        "and as exponents alone: each a number of experts or, with %, a share of its memory, as "
+        "0,40%,60%,0. Experts being used count as compressed. Default: all compressed.",
     ),
 ]
 Json = Annotated[

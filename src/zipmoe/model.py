@@ -107,7 +107,7 @@ def load(
         None: 4096, or the model's maximum if that is less.
     policy : which expert goes when memory for one is needed: "request" (the default), or "lru",
         "lfu", "fifo", "marking", "edgemoe" to compare with. No result depends on it.
-    tiers : "FULL,COMPRESSED,SM,E": how much the expert cache holds decoded, compressed, as
+    tiers : "F,C,S,E": how much the expert cache holds decoded, compressed, as
         sign-mantissas alone and as exponents alone, each a number of experts or, with %, a share of
         its memory. Whoever is worth most is in the first. Experts being used count as compressed.
         None: all compressed. No result depends on it.

@@ -27,7 +27,7 @@ _LEAST = 2  # experts that are held whole: one to compute from, one to read into
 
 
 def parse_tiers(text: str | Sequence[int | float]) -> Amounts:
-    """Read "FULL,COMPRESSED,SM,E": each a number of experts or, with %, a share of the memory.
+    """Read "F,C,S,E": each a number of experts or, with %, a share of the memory.
 
     Numbers are taken as they are, floats as shares.
 
@@ -43,7 +43,8 @@ def parse_tiers(text: str | Sequence[int | float]) -> Amounts:
         amounts = []
     if len(amounts) != len(_HELD) or min(amounts) < 0 or not any(amounts):
         raise ValueError(
-            f"{text!r} says nothing of tiers: give four amounts, FULL,COMPRESSED,SM,E, each a "
+            f"{text!r} says nothing of tiers: give four amounts, full, "
+            "compressed, sign-mantissa, exponents, each a "
             "number of experts or a share of the cache's memory, as 0,40%,60%,0"
         )
     if sum(amount for amount in amounts if isinstance(amount, float)) > 1:

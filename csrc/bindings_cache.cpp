@@ -3,10 +3,15 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -25,6 +30,7 @@ namespace {
 using Table = nb::ndarray<const std::uint64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 using Experts = std::vector<std::uint64_t>;
+using Counts = std::array<std::uint64_t, 4>;  // full, compressed, sign-mantissa, exponents
 
 std::span<const std::uint64_t> numbers_of(const Table& table) {
   if (table.shape(1) != kTableColumns)
@@ -54,10 +60,18 @@ void decode_into(const CacheHandle& cache, std::uint64_t layer, std::uint64_t ex
 nb::dict counters_of(const CacheHandle& cache) {
   const CacheCounters counters = cache->counters();
   nb::dict named;
-  named["hits"] = counters.hits;
-  named["misses"] = counters.misses;
+  const std::uint64_t full = counters.found(Tier::full), whole = counters.found(Tier::compressed);
+  const std::uint64_t first = counters.found(Tier::sign_mantissa);
+  const std::uint64_t second = counters.found(Tier::exponents);
+  named["hits"] = full + whole;
+  named["misses"] = first + second + counters.found(Tier::absent);
+  named["full_hits"] = full;
+  named["sign_mantissa_hits"] = first;
+  named["exponent_hits"] = second;
   named["bytes_read"] = counters.bytes_read;
   named["evictions"] = counters.evictions;
+  named["demotions"] = counters.demotions;
+  named["promotions"] = counters.promotions;
   named["read_errors"] = counters.read_errors;
   named["wait_ns"] = counters.wait_ns;
   named["decode_ns"] = counters.decode_ns;
@@ -84,25 +98,48 @@ void bind_cache(nb::module_& m) {
           "__init__",
           [](CacheHandle* self, std::vector<std::string> paths, const Table& matrices,
              std::uint64_t capacity_bytes, std::uint64_t limit_bytes, std::string reader,
-             std::string isa, std::string policy, std::size_t request_bytes, unsigned depth) {
+             std::string isa, std::string policy, std::size_t request_bytes, unsigned depth,
+             const std::optional<Counts>& tiers) {
             CacheOptions options{.capacity_bytes = capacity_bytes,
                                  .limit_bytes = limit_bytes,
                                  .reader = std::move(reader),
                                  .isa = std::move(isa),
                                  .policy = std::move(policy)};
+            if (tiers) options.tiers = {(*tiers)[0], (*tiers)[1], (*tiers)[2], (*tiers)[3]};
             if (request_bytes != 0) options.shape = {request_bytes, depth};
             new (self) CacheHandle(std::move(paths), numbers_of(matrices), options);
           },
           "paths"_a, "matrices"_a, nb::kw_only(), "capacity_bytes"_a, "limit_bytes"_a = 0,
-          "reader"_a = "", "isa"_a = "", "policy"_a = "", "request_bytes"_a = 0, "depth"_a = 0)
+          "reader"_a = "", "isa"_a = "", "policy"_a = "", "request_bytes"_a = 0, "depth"_a = 0,
+          "tiers"_a = nb::none())
       .def_static(
           "floor_bytes",
           [](const Table& matrices) { return ExpertCache::floor_bytes(numbers_of(matrices)); },
+          "matrices"_a)
+      .def_static(
+          "needed_bytes",
+          [](const Table& matrices, const Counts& tiers) {
+            const TierCounts counts{tiers[0], tiers[1], tiers[2], tiers[3]};
+            const ExpertTable table(numbers_of(matrices), {});
+            return SlotLayout(table, std::numeric_limits<std::uint64_t>::max(), counts)
+                .allocated_bytes();
+          },
+          "matrices"_a, "tiers"_a)
+      .def_static(
+          "tier_bytes",
+          [](const Table& matrices) {
+            return SlotLayout::tier_bytes(ExpertTable(numbers_of(matrices), {}));
+          },
           "matrices"_a)
       .def_prop_ro("reader", [](const CacheHandle& self) { return self->reader_name(); })
       .def_prop_ro("isa", [](const CacheHandle& self) { return std::string(name(self->isa())); })
       .def_prop_ro("policy", [](const CacheHandle& self) { return self->policy_name(); })
       .def_prop_ro("slots", [](const CacheHandle& self) { return self->num_slots(); })
+      .def_prop_ro("tiers",
+                   [](const CacheHandle& self) {
+                     const TierCounts held = self->tiers();
+                     return Counts{held.full, held.compressed, held.sign_mantissa, held.exponents};
+                   })
       .def_prop_ro("allocated_bytes",
                    [](const CacheHandle& self) {
                      nb::gil_scoped_release release;

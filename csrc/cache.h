@@ -1,9 +1,10 @@
-// The expert cache: expert records, still compressed, in a fixed amount of memory.
+// The expert cache: experts in a fixed amount of memory, compressed unless tiers are asked for.
 //
-// A record is read whole, every checksum of it is verified, and only then is its slot resident:
-// nothing is ever decoded from other bytes. One mutex guards all bookkeeping; reading, verifying
-// and decoding happen outside it. Every wait is for a read, or for a slot that a read or another
-// caller is using, and each of those ends, well or with an error.
+// A record is read whole, or where one of its planes is there the other alone. Every checksum of
+// what was read is verified, and only then is its slot resident: nothing is ever decoded from other
+// bytes. One mutex guards all bookkeeping; reading, verifying and decoding happen outside it. Every
+// wait is for a read, or for a slot that a read or another caller is using, and each of those ends,
+// well or with an error.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -24,7 +25,8 @@
 #include "expert_table.h"
 #include "isa.h"
 #include "reader.h"
-#include "residency.h"
+#include "slot_layout.h"
+#include "tiers.h"
 
 namespace zipmoe {
 
@@ -34,19 +36,26 @@ struct CacheOptions {
   std::string reader;                // see reader_choice; empty: the best that works
   std::string isa;                   // empty: the best of this machine
   ReadShape shape;
-  std::string policy;  // see make_policy; empty: kDefaultPolicy
+  std::string policy;               // see make_policy; empty: kDefaultPolicy
+  std::optional<TierCounts> tiers;  // none: all compressed
 };
 
 struct CacheCounters {
-  std::uint64_t hits = 0;    // visits (see Residency) that found the record, or its read under way
-  std::uint64_t misses = 0;  // visits that did not
+  // Visits (see Residency) by what of the expert they found, or its read under way.
+  std::array<std::uint64_t, kNumTiers> visits{};
   std::uint64_t bytes_read = 0;   // of reads that were completed, padding included
-  std::uint64_t evictions = 0;    // records dropped for others
+  std::uint64_t evictions = 0;    // experts dropped for others
+  std::uint64_t demotions = 0;    // those of which a part was kept
+  std::uint64_t promotions = 0;   // decoded to stay so
   std::uint64_t read_errors = 0;  // failed requests and wrong checksums, those cured by a retry too
   std::uint64_t wait_ns = 0;      // that callers spent waiting
   std::uint64_t decode_ns = 0;    // that callers spent decoding
-  std::uint64_t ahead_reads = 0;  // records read because `look_ahead` named them
+  std::uint64_t ahead_reads = 0;  // experts read because `look_ahead` named them
   std::uint64_t ahead_used = 0;   // of these, visited before they were dropped
+
+  [[nodiscard]] std::uint64_t found(Tier tier) const {
+    return visits[static_cast<std::size_t>(tier)];
+  }
 };
 
 class Lease;
@@ -57,9 +66,9 @@ class Lease;
 class ExpertCache final : private ReadSink {
  public:
   // `table`: kTableColumns numbers per matrix (expert_table.h).
-  // Throws std::invalid_argument for unknown names, BudgetError below floor_bytes, FetchError where
-  // a shard cannot be opened, FormatError and CorruptError where table and shards do not fit the
-  // format.
+  // Throws std::invalid_argument for unknown names and tiers that the codec does not have,
+  // BudgetError below floor_bytes and where the tiers do not fit, FetchError where a shard
+  // cannot be opened, FormatError and CorruptError where table and shards do not fit the format.
   ExpertCache(std::vector<std::string> paths, std::span<const std::uint64_t> table,
               const CacheOptions& options);
   ExpertCache(const ExpertCache&) = delete;
@@ -89,12 +98,12 @@ class ExpertCache final : private ReadSink {
   // True where there is room for all experts: nothing needs to be looked ahead for.
   [[nodiscard]] bool holds_all() const { return num_usable_ == table_.records().size(); }
 
-  // The record, read if need be, held in its slot until the lease ends. A thread that holds leases
+  // The expert, read if need be, held in its slots until the lease ends. A thread that holds leases
   // on all slots must not ask for one more: nobody would ever free one. Throws FetchError or
   // CorruptError where the read failed; the cache stays usable.
   Lease acquire(std::uint64_t layer, std::uint64_t expert);
-  // The same if the record is there; never waits for a read.
-  std::optional<Lease> try_acquire(std::uint64_t layer, std::uint64_t expert);
+  // The same if the expert is there; never waits for a read. `decoded`: only if it is so.
+  std::optional<Lease> try_acquire(std::uint64_t layer, std::uint64_t expert, bool decoded = false);
 
   // What is asked for by (layer, expert, matrix); throws std::invalid_argument where there is none.
   [[nodiscard]] const MatrixSpec& spec(std::uint64_t layer, std::uint64_t expert,
@@ -117,7 +126,7 @@ class ExpertCache final : private ReadSink {
   // From now on it takes no more bytes than `most`, but at least floor_bytes and at most its
   // capacity; what it will come to is returned. Experts that have no place any more are dropped,
   // the least worthy first, and their memory goes back to the system: at once, or as soon as nobody
-  // uses them.
+  // uses them. Tiers that were asked for stay as they are.
   std::uint64_t limit(std::uint64_t most);
 
   // True in a child of the process that made it.
@@ -127,8 +136,9 @@ class ExpertCache final : private ReadSink {
   [[nodiscard]] const std::string& reader_name() const { return reader_name_; }
   [[nodiscard]] Isa isa() const { return isa_; }
   [[nodiscard]] const std::string& policy_name() const { return policy_name_; }
-  // That may be used.
-  [[nodiscard]] std::uint32_t num_slots() const { return num_usable_; }
+  // How many experts can be there whole.
+  [[nodiscard]] std::uint64_t num_slots() const { return tiers().full + tiers().compressed; }
+  [[nodiscard]] TierCounts tiers() const;
   // Within the limit; 0 once closed.
   [[nodiscard]] std::uint64_t allocated_bytes() const;
   // Of these, the memory that slots have really taken, those that were touched at any time.
@@ -140,6 +150,9 @@ class ExpertCache final : private ReadSink {
   using Lock = std::unique_lock<std::mutex>;
   // A read under way; whoever waits for it holds a share.
   struct Read {
+    std::array<std::optional<std::uint32_t>, kMaxPlanePools> slots;  // by pool: those read into
+    std::vector<Stretch> stretches;
+    std::uint64_t bytes = 0;
     std::optional<Failure> failure;
     unsigned num_waiters = 0;
     bool done = false;
@@ -150,45 +163,40 @@ class ExpertCache final : private ReadSink {
   void read_done(std::uint64_t tag, const ReadResult& result) noexcept override;
   void reader_failed(std::exception_ptr cause) noexcept override;
 
-  static constexpr std::uint64_t kLeastSlots = 2;
-  // All that a cache of so many slots allocates.
-  static std::uint64_t needed_bytes(const ExpertTable& table, std::uint64_t num_slots);
-  // Throws BudgetError below two.
-  static std::uint32_t slots_within(const ExpertTable& table, std::uint64_t capacity_bytes);
-
   // All of these with the lock held.
   void check_usable() const;
   void count_visit(std::uint32_t expert, std::uint32_t num_tokens = 1);
   bool start_read(std::uint32_t expert, Victim victim);
-  void submit(std::uint32_t slot);
+  void submit(std::uint32_t expert, const Read& read);
   void want(std::span<const std::uint32_t> records);
   void start_wanted();
   void start_ahead();
-  void finish_read(std::uint32_t slot, std::optional<Failure> failure);
+  void finish_read(std::uint32_t expert, std::optional<Failure> failure);
   void set_limit(std::uint64_t most);
   void clear_beyond_limit();
   void give_back(std::uint32_t slot);
   void wait(Lock& lock);
-  std::uint32_t pin_resident(Lock& lock, std::uint32_t expert);
-  std::uint32_t wait_for_read(Lock& lock, std::uint32_t slot);
+  Holding hold(Lock& lock, std::uint32_t expert);
+  Holding wait_for_read(Lock& lock, std::uint32_t expert);
 
   // Without it.
   [[nodiscard]] std::vector<std::uint32_t> records_of(std::uint64_t layer,
                                                       std::span<const std::uint64_t> experts) const;
-  void release(std::uint32_t expert, std::uint32_t slot, bool ends_visit) noexcept;
-  [[nodiscard]] std::optional<Failure> verify(std::uint32_t slot) const;
-  [[nodiscard]] Failure describe(std::uint32_t slot, const ReadResult& result) const;
+  void release(std::uint32_t expert, const Holding& holding, bool ends_visit) noexcept;
+  void end_promotion(std::uint32_t expert, Holding& holding);
+  [[nodiscard]] Read plan_read(std::uint32_t expert) const;
+  [[nodiscard]] std::optional<Failure> verify(std::uint32_t expert, const Read& read) const;
+  [[nodiscard]] Failure describe(std::uint32_t expert, const ReadResult& result) const;
   [[nodiscard]] CorruptError corrupt(const ExpertRecord& record, const std::string& why,
                                      std::uint64_t offset) const;
-  [[nodiscard]] std::span<std::byte> slot_bytes(std::uint32_t slot,
-                                                const ExpertRecord& record) const;
+  [[nodiscard]] std::byte* in_slot(const SlotPool& pool, std::uint32_t slot,
+                                   std::uint64_t offset) const;
 
   // Fixed once constructed.
   std::vector<std::string> paths_;
   ExpertTable table_;
   Isa isa_;
-  std::uint64_t slot_stride_ = 0;
-  std::uint32_t num_slots_ = 0;  // that the capacity has room for
+  SlotLayout layout_;
   std::string policy_name_;
   std::string reader_name_;
   std::int64_t owner_;  // the process
@@ -197,16 +205,15 @@ class ExpertCache final : private ReadSink {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  Residency residency_;
-  std::vector<std::shared_ptr<Read>> reads_;           // by slot
+  Tiers tiers_;
+  std::unordered_map<std::uint32_t, std::shared_ptr<Read>> reads_;  // by expert
   std::unordered_map<std::uint32_t, Failure> failed_;  // by expert: reads that nobody waited for
   std::deque<std::uint32_t> wanted_;                   // of the latest list, not yet started
   std::deque<std::uint32_t> ahead_;                    // of what may come after it
-  std::vector<bool> is_ahead_;                         // by slot: read ahead, not visited yet
-  std::atomic<std::uint32_t> num_usable_;              // slots within the limit
+  std::vector<bool> is_ahead_;             // by expert: read ahead, not visited yet
+  std::atomic<std::uint32_t> num_usable_;  // whole experts within the limit
   std::uint64_t allocated_bytes_ = 0;
-  std::uint32_t num_filled_ = 0;  // slots, from the first, that have been touched
-  std::uint32_t num_reading_ = 0;
+  std::uint64_t filled_bytes_ = 0;  // of the arena, from its begin, that have been touched
   CacheCounters counters_;
   std::uint64_t num_users_ = 0;         // calls and leases under way
   std::uint64_t num_slot_waiters_ = 0;  // callers for whom no slot was left
@@ -219,7 +226,7 @@ class ExpertCache final : private ReadSink {
   std::unique_ptr<Reader> reader_;
 };
 
-// A record that stays where it is while this lives: kernels compute straight from its extents.
+// An expert that stays where it is while this lives: kernels compute straight from its extents.
 class Lease {
  public:
   Lease(Lease&& other) noexcept;
@@ -229,21 +236,26 @@ class Lease {
   ~Lease();
 
   [[nodiscard]] std::size_t num_matrices() const;
-  [[nodiscard]] const MatrixSpec& spec(std::size_t matrix) const;
+  // As it lies in memory: raw if it is decoded.
+  [[nodiscard]] MatrixSpec spec(std::size_t matrix) const;
   // Exact bytes, without padding.
   [[nodiscard]] Extents extents(std::size_t matrix) const;
+  // Decodes all of it into memory that was set aside for that, if there is such; from then on it is
+  // decoded for this lease and all later ones. Throws CorruptError, with the place filled in.
+  void decode_if_promoted(unsigned threads = 1);
   // The visit goes on after this lease: more matrices will be asked for.
   void keep_visit() { ends_visit_ = false; }
 
  private:
   friend class ExpertCache;
-  Lease(ExpertCache& cache, std::uint32_t expert, std::uint32_t slot)
-      : cache_(&cache), expert_(expert), slot_(slot) {}
-  [[nodiscard]] const ExpertMatrix& matrix(std::size_t matrix) const;
+  Lease(ExpertCache& cache, std::uint32_t expert, const Holding& holding)
+      : cache_(&cache), expert_(expert), holding_(holding) {}
+  [[nodiscard]] std::span<const ExpertMatrix> matrices() const;
+  [[nodiscard]] std::byte* decoded(std::size_t matrix) const;
 
   ExpertCache* cache_;
   std::uint32_t expert_;
-  std::uint32_t slot_;
+  Holding holding_;
   bool ends_visit_ = true;
 };
 

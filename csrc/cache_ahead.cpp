@@ -9,7 +9,7 @@ namespace {
 
 // Records under way while others are read ahead: the drive goes on with one while another is
 // verified.
-constexpr std::uint32_t kReadsAhead = 2;
+constexpr std::size_t kReadsAhead = 2;
 
 }  // namespace
 
@@ -18,7 +18,7 @@ void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t>
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
-  residency_.expect(records);
+  tiers_.expect(records);
   ahead_.assign(records.begin(), records.end());
   start_ahead();
 }
@@ -26,11 +26,11 @@ void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t>
 // Few at a time, so that what is wanted next waits for few.
 void ExpertCache::start_ahead() {
   while (!ahead_.empty() && wanted_.empty() && num_slot_waiters_ == 0 &&
-         num_reading_ < kReadsAhead) {
+         reads_.size() < kReadsAhead) {
     const std::uint32_t expert = ahead_.front();
-    if (!residency_.slot_of(expert)) {
+    if (!tiers_.is_whole(expert)) {
       if (!start_read(expert, Victim::idle)) return;
-      is_ahead_[*residency_.slot_of(expert)] = true;
+      is_ahead_[expert] = true;
       ++counters_.ahead_reads;
     }
     ahead_.pop_front();

@@ -14,43 +14,52 @@ std::uint64_t ExpertCache::limit(std::uint64_t most) {
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
+  if (!layout_.can_shrink()) return allocated_bytes_;
   const std::uint32_t before = num_usable_;
+  const std::uint64_t filled = filled_bytes_;
   set_limit(most);
-  num_filled_ = std::min<std::uint32_t>(num_filled_, num_usable_);
+  filled_bytes_ = std::min(filled, filled_bytes_);
   for (std::uint32_t slot = num_usable_; slot < before; ++slot)
-    if (residency_.state(slot) == SlotState::empty) give_back(slot);
+    if (tiers_.is_slot_empty(slot)) give_back(slot);
   start_wanted();
   changed_.notify_all();
   return allocated_bytes_;
 }
 
 void ExpertCache::set_limit(std::uint64_t most) {
-  const std::uint64_t least = needed_bytes(table_, kLeastSlots);
-  num_usable_ = std::min(slots_within(table_, std::max(most, least)), num_slots_);
-  allocated_bytes_ = needed_bytes(table_, num_usable_);
-  residency_.set_limit(num_usable_);
+  if (!layout_.can_shrink()) return;
+  num_usable_ = layout_.slots_within(most);
+  allocated_bytes_ = layout_.allocated_bytes(num_usable_);
+  filled_bytes_ = layout_.slots_end(num_usable_);
+  tiers_.set_limit(num_usable_);
+}
+
+TierCounts ExpertCache::tiers() const {
+  TierCounts tiers = layout_.tiers();
+  tiers.compressed = num_usable_;
+  return tiers;
 }
 
 std::uint64_t ExpertCache::filled_bytes() const {
   const Lock lock(mutex_);
-  return num_filled_ * slot_stride_;
+  return filled_bytes_;
 }
 
 // As far as nobody uses them; the others follow when that ends.
 void ExpertCache::clear_beyond_limit() {
-  while (const auto departure = residency_.depart()) {
+  while (const auto departure = tiers_.depart()) {
     const std::uint32_t from = departure->from;
     if (const auto to = departure->to) {
-      const ExpertRecord& record = table_.records()[residency_.expert_in(*to)];
-      std::memcpy(slot_bytes(*to, record).data(), slot_bytes(from, record).data(), record.length);
-      is_ahead_[*to] = is_ahead_[from];
+      const SlotPool& pool = layout_.planes().front();
+      std::memcpy(in_slot(pool, *to, 0), in_slot(pool, from, 0), pool.stride);
     }
     give_back(from);
   }
 }
 
 void ExpertCache::give_back(std::uint32_t slot) {
-  arena_.give_back(slot * slot_stride_, slot_stride_);
+  const SlotPool& pool = layout_.planes().front();
+  arena_.give_back(slot * pool.stride, pool.stride);
 }
 
 }  // namespace zipmoe

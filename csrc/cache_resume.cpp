@@ -8,7 +8,7 @@ void ExpertCache::pause(std::uint64_t layer, std::span<const std::uint64_t> expe
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
-  for (const std::uint32_t record : records) residency_.end_visit(record);
+  for (const std::uint32_t record : records) tiers_.end_visit(record);
 }
 
 void ExpertCache::resume(std::uint64_t layer, std::span<const std::uint64_t> experts) {
@@ -16,7 +16,7 @@ void ExpertCache::resume(std::uint64_t layer, std::span<const std::uint64_t> exp
   if (is_forked()) check_usable();
   const Lock lock(mutex_);
   check_usable();
-  residency_.resume(static_cast<std::uint32_t>(layer), records);
+  tiers_.resume(static_cast<std::uint32_t>(layer), records);
   want(records);
 }
 

@@ -109,9 +109,10 @@ void Engine::decode_rows(const PackedMatrix& matrix, std::span<const std::int64_
 }
 
 // A matrix of an expert ready to multiply: where it lies, or decoded if its codec asks for that.
-PackedMatrix Engine::packed(ExpertCache& cache, const Lease& lease, std::uint64_t layer,
+PackedMatrix Engine::packed(ExpertCache& cache, Lease& lease, std::uint64_t layer,
                             std::uint64_t expert, std::uint64_t matrix) {
-  const MatrixSpec& spec = lease.spec(matrix);
+  lease.decode_if_promoted(pool_->num_threads());
+  const MatrixSpec spec = lease.spec(matrix);
   if (PackedMatrix::is_multiplied_packed(spec.codec)) return {spec, lease.extents(matrix)};
   const std::size_t bytes = spec.rows * spec.columns * spec.element_bytes;
   auto* room = grown<std::uint8_t>(decoded_[matrix % 3], bytes);

@@ -145,8 +145,8 @@ class Engine : private EngineCall {
            std::uint64_t width, std::uint16_t* out);
   void project(const AttentionBlock& block, const Columns& x);
   void place_heads(const AttentionBlock& block, const AttentionCall& call);
-  PackedMatrix packed(ExpertCache& cache, const Lease& lease, std::uint64_t layer,
-                      std::uint64_t expert, std::uint64_t matrix);
+  PackedMatrix packed(ExpertCache& cache, Lease& lease, std::uint64_t layer, std::uint64_t expert,
+                      std::uint64_t matrix);
 
   std::shared_ptr<WorkerPool> pool_;
   Isa isa_;

@@ -271,9 +271,7 @@ bool Engine::take_expert(ExpertCache& cache, std::uint64_t layer, Gate kind,
         decodes || !PackedMatrix::is_multiplied_packed(cache.spec(layer, expert, matrix).codec);
   if (waits)
     held_.push_back({cache.acquire(layer, expert), {}});
-  else if (decodes)
-    return false;
-  else if (std::optional<Lease> lease = cache.try_acquire(layer, expert))
+  else if (std::optional<Lease> lease = cache.try_acquire(layer, expert, decodes))
     held_.push_back({std::move(*lease), {}});
   else
     return false;

@@ -49,6 +49,10 @@ class Policy {
   void withdraw(std::uint32_t expert);
   // Of those on offer, the one to go first.
   [[nodiscard]] std::optional<std::uint32_t> victim() const;
+  // Whether an expert is worth more than another; later use alone does not count.
+  [[nodiscard]] bool is_worth_more(std::uint32_t expert, std::uint32_t other) const {
+    return compared(worth(expert), layer_of(expert)) > compared(worth(other), layer_of(other));
+  }
 
   // What an instance takes, at most.
   static std::uint64_t bytes(std::uint64_t num_experts, std::uint64_t num_layers);

@@ -1,5 +1,6 @@
 #include "read_meter.h"
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -56,10 +57,8 @@ class Meter final : private ReadSink {
  private:
   void submit(std::size_t place) {
     std::uniform_int_distribution<std::uint64_t> pages(0, (file_.size() - bytes_) / kReadAlignment);
-    reader_->submit({.tag = place,
-                     .file = &file_,
-                     .offset = pages(random_) * kReadAlignment,
-                     .into = arena_.at(place * bytes_, bytes_)});
+    stretches_[place] = {pages(random_) * kReadAlignment, arena_.at(place * bytes_, bytes_)};
+    reader_->submit({.tag = place, .file = &file_, .stretches = {&stretches_[place], 1}});
   }
 
   std::size_t await_record() {
@@ -91,6 +90,7 @@ class Meter final : private ReadSink {
   ShardFile file_;
   std::size_t bytes_;
   Arena arena_;
+  std::array<Stretch, kRecordsUnderWay> stretches_;
   std::mt19937_64 random_{1};
   std::mutex mutex_;
   std::condition_variable changed_;

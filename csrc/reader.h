@@ -56,11 +56,16 @@ class ShardFile {
 };
 
 // One stretch to read; offset, length and address are multiples of kReadAlignment.
+struct Stretch {
+  std::uint64_t offset = 0;  // in the file
+  std::span<std::byte> into;
+};
+
+// Stretches of one file that are reported together: at least one, none empty.
 struct ReadJob {
   std::uint64_t tag = 0;  // handed back with the result
   const ShardFile* file = nullptr;
-  std::uint64_t offset = 0;
-  std::span<std::byte> into;
+  std::span<const Stretch> stretches;  // must live until the job is reported
 };
 
 struct ReadResult {

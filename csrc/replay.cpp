@@ -62,9 +62,9 @@ std::unique_ptr<Policy> policy_for(const RecordedRouting& routing, std::string_v
 void run_layer(Residency& residency, std::span<const std::uint32_t> experts) {
   std::size_t wanted = 0;
   const auto start = [&](std::uint32_t expert, Victim victim) {
-    const auto slot = residency.take(expert, victim);
-    if (slot) residency.set_resident(*slot);
-    return slot.has_value();
+    const auto taken = residency.take(expert, victim);
+    if (taken) residency.set_resident(taken->slot);
+    return taken.has_value();
   };
   const auto start_wanted = [&] {
     for (; wanted < experts.size(); ++wanted) {

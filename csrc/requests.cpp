@@ -16,9 +16,7 @@ constexpr unsigned kMaxStalls = 1;
 
 }  // namespace
 
-void Requests::add(const ReadJob& job) {
-  transfers_.push_back(Transfer{.job = job, .issued = 0, .num_unfinished = 0, .result = {}});
-}
+void Requests::add(const ReadJob& job) { transfers_.push_back(Transfer{.job = job, .result = {}}); }
 
 std::optional<Request> Requests::next() {
   if (!again_.empty()) {
@@ -27,11 +25,15 @@ std::optional<Request> Requests::next() {
     return request;
   }
   for (auto transfer = transfers_.begin(); transfer != transfers_.end(); ++transfer) {
-    const std::size_t left = transfer->job.into.size() - transfer->issued;
-    if (left == 0 || !transfer->result.ok()) continue;
-    Request request{.transfer = transfer, .at = transfer->issued};
-    request.length = std::min(left, request_bytes_);
+    if (transfer->all_issued() || !transfer->result.ok()) continue;
+    const Stretch& stretch = transfer->job.stretches[transfer->stretch];
+    Request request{.transfer = transfer, .stretch = &stretch, .at = transfer->issued};
+    request.length = std::min(stretch.into.size() - request.at, request_bytes_);
     transfer->issued += request.length;
+    if (transfer->issued == stretch.into.size()) {
+      ++transfer->stretch;
+      transfer->issued = 0;
+    }
     ++transfer->num_unfinished;
     return request;
   }
@@ -51,8 +53,8 @@ std::optional<Finished> Requests::settle(Request request, std::int64_t outcome) 
     transfer.result.offset = request.offset();
   }
   --transfer.num_unfinished;
-  const bool all_issued = transfer.issued == transfer.job.into.size();
-  if (transfer.num_unfinished > 0 || (transfer.result.ok() && !all_issued)) return std::nullopt;
+  if (transfer.num_unfinished > 0 || (transfer.result.ok() && !transfer.all_issued()))
+    return std::nullopt;
   Finished finished{.tag = transfer.job.tag, .result = transfer.result};
   transfers_.erase(request.transfer);
   return finished;

@@ -14,23 +14,27 @@ namespace zipmoe {
 // A job in the making.
 struct Transfer {
   ReadJob job;
-  std::size_t issued = 0;          // bytes handed out in requests so far
+  std::size_t stretch = 0;         // the first that is not handed out whole
+  std::size_t issued = 0;          // bytes of it handed out in requests so far
   std::size_t num_unfinished = 0;  // requests handed out, or waiting to be tried again
   ReadResult result;
+
+  [[nodiscard]] bool all_issued() const { return stretch == job.stretches.size(); }
 };
 
-// A piece of a job.
+// A piece of a stretch.
 struct Request {
   std::list<Transfer>::iterator transfer;
-  std::size_t at = 0;  // bytes from the job's start
+  const Stretch* stretch = nullptr;
+  std::size_t at = 0;  // bytes from the stretch's start
   std::size_t length = 0;
   unsigned num_interrupts = 0;
   unsigned num_stalls = 0;
   bool failed_once = false;
 
   [[nodiscard]] const ReadJob& job() const { return transfer->job; }
-  [[nodiscard]] std::uint64_t offset() const { return job().offset + at; }
-  [[nodiscard]] std::byte* data() const { return job().into.data() + at; }
+  [[nodiscard]] std::uint64_t offset() const { return stretch->offset + at; }
+  [[nodiscard]] std::byte* data() const { return stretch->into.data() + at; }
 };
 
 struct Finished {

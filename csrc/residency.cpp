@@ -84,23 +84,25 @@ std::optional<std::uint32_t> Residency::slot_of(std::uint32_t expert) const {
   return slot == kNoSlot ? std::nullopt : std::optional(slot);
 }
 
-std::optional<std::uint32_t> Residency::take(std::uint32_t expert, Victim victim) {
-  std::uint32_t slot = 0;
+bool Residency::can_take(std::uint32_t expert, Victim victim) const {
+  return !empty_.empty() || find_victim(expert, victim);
+}
+
+std::optional<Taken> Residency::take(std::uint32_t expert, Victim victim) {
+  Taken taken;
   if (!empty_.empty()) {
-    slot = empty_.back();
+    taken.slot = empty_.back();
     empty_.pop_back();
-  } else if (victim == Victim::idle && is_crowded()) {
-    return std::nullopt;
-  } else if (const auto goes = find_victim(victim)) {
-    slot = experts_[*goes].slot;
-    evict(*goes);
+  } else if ((taken.evicted = find_victim(expert, victim))) {
+    taken.slot = experts_[*taken.evicted].slot;
+    evict(*taken.evicted);
   } else {
     return std::nullopt;
   }
-  slots_[slot] = {.expert = expert, .state = SlotState::reading, .is_fresh = true};
-  experts_[expert].slot = slot;
+  slots_[taken.slot] = {.expert = expert, .state = SlotState::reading, .is_fresh = true};
+  experts_[expert].slot = taken.slot;
   policy_->admit(expert);
-  return slot;
+  return taken;
 }
 
 void Residency::evict(std::uint32_t expert) {
@@ -110,8 +112,11 @@ void Residency::evict(std::uint32_t expert) {
   ++num_evictions_;
 }
 
-std::optional<std::uint32_t> Residency::find_victim(Victim victim) const {
+std::optional<std::uint32_t> Residency::find_victim(std::uint32_t expert, Victim victim) const {
+  if (victim == Victim::idle && is_crowded()) return std::nullopt;
   const std::optional<std::uint32_t> idle = policy_->victim();
+  if (victim == Victim::worth_less)
+    return idle && policy_->is_worth_more(expert, *idle) ? idle : std::nullopt;
   if (idle || victim == Victim::idle) return idle;
   const std::optional<std::uint32_t> guess = last_to_go(expected_);
   return guess ? guess : last_to_go(listed_);
@@ -124,7 +129,6 @@ std::optional<std::uint32_t> Residency::last_to_go(std::span<const std::uint32_t
   return last == experts.rend() ? std::nullopt : std::optional(*last);
 }
 
-// Whether it is in a slot that nobody is using.
 bool Residency::may_go(std::uint32_t expert) const {
   const std::uint32_t slot = experts_[expert].slot;
   return slot != kNoSlot && may_go(slots_[slot]);
@@ -196,8 +200,8 @@ std::optional<Residency::Departure> Residency::depart() {
   return Departure{.from = from, .to = to};
 }
 
-void Residency::pin(std::uint32_t slot) {
-  ++slots_[slot].num_pins;
+void Residency::pin(std::uint32_t slot, std::uint32_t times) {
+  slots_[slot].num_pins += times;
   tell_policy(slots_[slot].expert);
 }
 

@@ -11,13 +11,21 @@
 
 namespace zipmoe {
 
+// What a slot holds may be all of an expert or a part of it; `reading`: it is being filled.
 enum class SlotState : std::uint8_t { empty, reading, resident };
 
 // What may be taken for a new expert, beyond empty slots: never one that is pinned or being read.
 enum class Victim {
-  idle,  // only experts that nobody is known to want, and as long as what has been read beforehand
-         // does not crowd the slots
-  any,   // if nothing else is left, those of the latest list and those expected after it too
+  worth_less,  // only experts that nobody is known to want and that are worth less than the new one
+  idle,        // only experts that nobody is known to want, and as long as what has been read
+               // beforehand does not crowd the slots
+  any,         // if nothing else is left, those of the latest list and those expected after it too
+};
+
+// A slot, and who had to leave it.
+struct Taken {
+  std::uint32_t slot = 0;
+  std::optional<std::uint32_t> evicted;
 };
 
 // What a pass wants of a layer.
@@ -57,8 +65,12 @@ class Residency {
   [[nodiscard]] std::uint32_t expert_in(std::uint32_t slot) const { return slots_[slot].expert; }
   [[nodiscard]] SlotState state(std::uint32_t slot) const { return slots_[slot].state; }
 
+  // Whether the expert is in a slot that nobody is using.
+  [[nodiscard]] bool may_go(std::uint32_t expert) const;
+  // Whether `take` would give the expert a slot.
+  [[nodiscard]] bool can_take(std::uint32_t expert, Victim victim) const;
   // Gives the expert a slot, in state `reading`. Nothing where none may be taken.
-  std::optional<std::uint32_t> take(std::uint32_t expert, Victim victim);
+  std::optional<Taken> take(std::uint32_t expert, Victim victim);
   void set_resident(std::uint32_t slot);
   // Empties the slot; its pins are void.
   void vacate(std::uint32_t slot);
@@ -71,7 +83,7 @@ class Residency {
   // One of those, if one is neither pinned nor being read. Of all that may go, the least worthy
   // does, and one beyond the limit comes to its place.
   std::optional<Departure> depart();
-  void pin(std::uint32_t slot);
+  void pin(std::uint32_t slot, std::uint32_t times = 1);
   void unpin(std::uint32_t slot);
 
   [[nodiscard]] std::uint64_t num_evictions() const { return num_evictions_; }
@@ -96,14 +108,13 @@ class Residency {
   void await(std::span<const std::uint32_t> experts);
   void tell_policy(std::uint32_t expert);
   void evict(std::uint32_t expert);
-  [[nodiscard]] std::optional<std::uint32_t> find_victim(Victim victim) const;
-  [[nodiscard]] std::optional<std::uint32_t> last_to_go(
-      std::span<const std::uint32_t> experts) const;
-  [[nodiscard]] bool may_go(std::uint32_t expert) const;
   [[nodiscard]] static bool may_go(const Slot& slot) {
     return slot.state == SlotState::resident && slot.num_pins == 0;
   }
   [[nodiscard]] bool is_crowded() const;
+  [[nodiscard]] std::optional<std::uint32_t> find_victim(std::uint32_t expert, Victim victim) const;
+  [[nodiscard]] std::optional<std::uint32_t> last_to_go(
+      std::span<const std::uint32_t> experts) const;
 
   std::unique_ptr<Policy> policy_;
   std::vector<Expert> experts_;

@@ -40,6 +40,12 @@ class Shards:
         end = int(last[13]) + _padded(int(last[14]))
         return self.paths[int(first[3])], int(first[10]), end - int(first[10])
 
+    def planes(self, layer: int, expert: int) -> tuple[int, int]:
+        """Length of each plane of a record, all matrices together, padding included."""
+        rows = self.table[(self.table[:, :2] == (layer, expert)).all(axis=1)]
+        first, second = (sum(_padded(int(row[column])) for row in rows) for column in (11, 14))
+        return first, second
+
     def record_bytes(self) -> int:
         """Length of the largest record."""
         return max(self.record(int(r[0]), int(r[1]))[2] for r in self.table)
@@ -50,12 +56,11 @@ class Shards:
         return two + (slots - 2) * (self.record_bytes() + PAGE // 8)
 
     def open(self, *, slots: int = 4, reader: str = "", **options: object) -> _core.ExpertCache:
-        """A cache over them. Skips the test where this system has no io_uring."""
-        capacity = self.capacity(slots)
+        """A cache over them; with `tiers`, of these. Skips the test where there is no io_uring."""
+        capacity = 1 << 30 if "tiers" in options else self.capacity(slots)
+        options = {"capacity_bytes": capacity, **options}
         try:
-            return _core.ExpertCache(
-                self.paths, self.table, capacity_bytes=capacity, reader=reader, **options
-            )
+            return _core.ExpertCache(self.paths, self.table, reader=reader, **options)
         except ValueError as error:
             if "io_uring does not work here" in str(error):
                 pytest.skip(str(error))

@@ -44,10 +44,18 @@ def run_threads(work):
         raise failures[0]
 
 
-@pytest.mark.parametrize("slots", [2, 7])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"slots": 2},
+        {"slots": 7},
+        *({"tiers": split} for split in [(0, 2, 3, 0), (0, 0, 0, 5), (2, 2, 2, 0), (3, 2, 0, 0)]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("reader", READERS)
-def test_threads_that_read_and_prefetch_at_random_get_the_right_weights(shards, reader, slots):
-    cache = shards.open(slots=slots, reader=reader)
+def test_threads_that_read_and_prefetch_at_random_get_the_right_weights(shards, reader, size):
+    cache = shards.open(reader=reader, **size)
 
     def work(number):
         rng = np.random.default_rng(number)

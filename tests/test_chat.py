@@ -69,10 +69,11 @@ def test_generate_prints_one_document_with_stock_s_tokens(checkpoint, store):
     assert document["tpot_s"] > 0
     assert document["memory_bytes"] == 16_000_000_000
     assert document["peak_rss_bytes"] > 0
-    assert document["cache"].keys() == {"hits", "misses", "bytes_read"}
+    tiers = {"full_hits", "sign_mantissa_hits", "exponent_hits"}
+    assert document["cache"].keys() == {"hits", "misses", "bytes_read", *tiers}
     assert document["cache"]["misses"] > 0
-    engaged = {"compute", "codec", "isa", "reader", "in_parts"}
-    engaged |= {"fell_back", "watches", "gave_back"}
+    engaged = {"compute", "codec", "isa", "reader", "tiers", "in_parts", "fell_back"}
+    engaged |= {"watches", "gave_back", "on_drive", "lent"}
     assert document["engaged"].keys() == engaged
     assert document["memory"].keys() >= {"base", "dense", "kv", "scratch", "cache"}
 

@@ -43,9 +43,10 @@ def test_messages_go_through_the_chat_template(loaded):
 def test_what_it_took_is_measured(loaded):
     result = generate(loaded, "hello", max_tokens=8)
     document = json.loads(json.dumps(result.as_dict()))
-    assert set(document["cache"]) == {"hits", "misses", "bytes_read"}
-    engaged = {"compute", "codec", "isa", "reader", "in_parts"}
-    engaged |= {"fell_back", "watches", "gave_back", "on_drive", "lent"}
+    tiers = {"full_hits", "sign_mantissa_hits", "exponent_hits"}
+    assert set(document["cache"]) == {"hits", "misses", "bytes_read", *tiers}
+    engaged = {"compute", "codec", "isa", "reader", "tiers", "in_parts", "fell_back"}
+    engaged |= {"watches", "gave_back", "on_drive", "lent"}
     assert set(document["engaged"]) == engaged
     assert document["engaged"]["compute"] == "native"
     assert document["engaged"]["codec"] == "rank223"

@@ -41,15 +41,16 @@ from zipmoe._errors import CorruptError, FetchError
 
 shim = ctypes.CDLL(None)
 ERROR, SHORT, FLIP = 1, 2, 3
-folder, reader = Path(sys.argv[1]), sys.argv[2]
-# Records of several requests: 3 x 1.5 MB.
-shards = make_shards(folder, layers=1, experts=4, shapes=((1000, 750),) * 3, codec="raw")
+folder, reader, codec = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+# Records of several requests: 3 x 1.5 MB, or 6 planes in two slots.
+shards = make_shards(folder, layers=1, experts=4, shapes=((1000, 750),) * 3, codec=codec)
+size = {"slots": 2} if codec == "raw" else {"tiers": (0, 0, 2, 0)}
 
 def errors_of(cache):
     return cache.counters()["read_errors"]
 
 # One EIO is retried and cured.
-cache = shards.open(slots=2, reader=reader)
+cache = shards.open(**size, reader=reader)
 shim.plan_fault(ERROR, 1, errno.EIO)
 shards.check_expert(cache, 0, 0)
 assert errors_of(cache) == 1, errors_of(cache)
@@ -93,14 +94,14 @@ cache.close()
 
 # Short reads go on where they stopped.
 for limit in (4096, 5000, 700_000) if reader == "pread" else (1, 1000, 4096, 700_000):
-    cache = shards.open(slots=2, reader=reader)
+    cache = shards.open(**size, reader=reader)
     shim.plan_fault(SHORT, 3000, limit)
     shards.check_expert(cache, 0, 0)
     assert errors_of(cache) == 0
     cache.close()
 
 # A bit that is wrong once costs a second read; wrong again, it is corruption.
-cache = shards.open(slots=2, reader=reader)
+cache = shards.open(**size, reader=reader)
 shim.plan_fault(FLIP, 1, 0)
 shards.check_expert(cache, 0, 0)
 counters = cache.counters()
@@ -121,9 +122,10 @@ print("done")
 """
 
 
+@pytest.mark.parametrize("codec", ["raw", "rank223"])
 @pytest.mark.parametrize("reader", ["pread", "pread+buffered"])
-def test_pread_survives_every_fault_of_a_drive(shim, tmp_path, reader):
-    assert run_script(PREAD_FAULTS, tmp_path, reader, preload=shim) == "done\n"
+def test_pread_survives_every_fault_of_a_drive(shim, tmp_path, reader, codec):
+    assert run_script(PREAD_FAULTS, tmp_path, reader, codec, preload=shim) == "done\n"
 
 
 RANDOM_FAULTS = """
@@ -217,6 +219,29 @@ def test_an_unreadable_place_is_a_fetch_error_and_the_rest_stays_usable(shards, 
     for layer in (0, 1):
         for expert in range(4):
             shards.check_expert(cache, layer, expert)
+    cache.close()
+
+
+@pytest.mark.parametrize("plane", [0, 1])
+@pytest.mark.parametrize("reader", ["io_uring", "pread"])
+def test_a_plane_that_cannot_be_read_alone_leaves_the_other_where_it_is(shards, reader, plane):
+    split = (0, 2, 0, 6) if plane == 0 else (0, 2, 6, 0)
+    cache = shards.open(reader=reader, tiers=split, policy="lru")
+    for expert in (2, 0, 1):  # leaves one plane of expert 2
+        shards.check_expert(cache, 0, expert)
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    path = shards.record(0, 2)[0]
+    with replaced(path, memory):
+        for _ in range(3):
+            with pytest.raises(FetchError, match="expert 2 of layer 0") as error:
+                cache.decode(0, 2, 0, np.zeros_like(shards.weights[0, 2, 0]))
+    os.close(memory)
+    assert error.value.offset in {int(shards.row(0, 2, m)[10 + 3 * plane]) for m in (0, 1, 2)}
+    before = cache.counters()["bytes_read"]
+    shards.check_expert(cache, 0, 2)
+    assert cache.counters()["bytes_read"] - before == shards.planes(0, 2)[plane]
+    for expert in range(4):
+        shards.check_expert(cache, 1, expert)
     cache.close()
 
 

@@ -103,6 +103,7 @@ class ExpertCache:
         policy: str = "",
         request_bytes: int = 0,
         depth: int = 0,
+        tiers: Sequence[int] | None = None,
     ) -> None:
         """capacity_bytes: most that it may allocate. reader "": io_uring if it works, else pread.
 
@@ -110,9 +111,14 @@ class ExpertCache:
         policy: which expert goes when a slot is needed, one of `policies()` that need not be told
         anything beforehand; "": "request".
         request_bytes, depth: requests to the drive and how many at once; 0: what is good on most.
+        tiers: how many experts it holds decoded, compressed, as sign-mantissas alone and as
+        exponents alone; None: as many compressed as fit. Those being used count as compressed, two
+        at least; where both planes are to be held alone, their common part is held as whole
+        experts.
         "io_uring" and "pread" insist on one; "+direct" or "+buffered" after it on how files are
-        read. Raises BudgetError below `floor_bytes`, ValueError for names that are unknown or
-        do not work here. A process must not fork while it holds a cache: the child's calls raise
+        read. Raises BudgetError below `floor_bytes` and where the tiers do not fit, ValueError for
+        names that are unknown or do not work here, and for tiers that the codec does not have. A
+        process must not fork while it holds a cache: the child's calls raise
         ValueError.
         """
 
@@ -125,7 +131,10 @@ class ExpertCache:
     def policy(self) -> str: ...
     @property
     def slots(self) -> int:
-        """How many experts it can hold now."""
+        """How many experts it can hold decoded or compressed."""
+    @property
+    def tiers(self) -> list[int]:
+        """How many it holds decoded, compressed, as sign-mantissas and as exponents, at most."""
     @property
     def allocated_bytes(self) -> int:
         """What it may come to now; 0 once closed."""
@@ -135,6 +144,12 @@ class ExpertCache:
     @staticmethod
     def floor_bytes(matrices: NDArray[np.uint64]) -> int:
         """Least capacity_bytes that works for these matrices."""
+    @staticmethod
+    def needed_bytes(matrices: NDArray[np.uint64], tiers: Sequence[int]) -> int:
+        """Least capacity_bytes for these tiers."""
+    @staticmethod
+    def tier_bytes(matrices: NDArray[np.uint64]) -> list[int]:
+        """Bytes of a cache without a slot, then of an expert in each of the four tiers."""
     def begin_request(self, share: float = 1.0) -> None:
         """Tell the policy that a request begins, which will have this part of the tokens to come.
 
@@ -171,7 +186,12 @@ class ExpertCache:
     def counters(self) -> dict[str, int]:
         """hits, misses, bytes_read, evictions, read_errors, wait_ns, decode_ns since the start.
 
-        ahead_reads counts records that were read because `look_ahead` named them, ahead_used those
+        full_hits counts those hits that found a decoded expert; sign_mantissa_hits and
+        exponent_hits those misses that found one plane and read the other. evictions: experts
+        dropped for others; demotions: those of which a plane was kept. promotions: experts that
+        were decoded to stay so.
+
+        ahead_reads counts experts that were read because `look_ahead` named them, ahead_used those
         of them that were visited before they were dropped.
 
         Hits and misses count visits: one begins when `prefetch` lists an expert or, if it has not,

@@ -7,7 +7,30 @@ from typing import Annotated, Literal
 
 import typer
 
+
+def check_tiers(text: str | None) -> str | None:
+    """Refuse what does not say how much each tier holds."""
+    from .tiers import parse_tiers
+
+    if text is not None:
+        try:
+            parse_tiers(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    return text
+
+
 Codec = Literal["rank223", "rank3", "rank4", "zstd", "lz4hc", "raw"]
+Tiers = Annotated[
+    str | None,
+    typer.Option(
+        callback=check_tiers,
+        metavar="F,C,S,E",
+        help="How much the expert cache holds decoded (full), compressed, as sign-mantissas alone "
+        "and as exponents alone: each a number of experts or, with %, a share of its memory, as "
+        "0,40%,60%,0. Experts being used count as compressed. Default: all compressed.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from zipmoe import _core, attention, budget, hardware, kv, packed
+from zipmoe import _core, attention, budget, hardware, kv, packed, tiers
 from zipmoe._errors import BudgetError, MismatchError, ZipmoeError
 from zipmoe._skeleton import Skeleton, bind_skeleton
 from zipmoe.dense import PADDING, DenseFile
@@ -61,7 +61,8 @@ class LoadOptions:
     less. batch: sequences that run together, each as long as that. conversations: how many of that
     length are held side by side (`zipmoe.streams`), 0 for one that is not. streams: how many
     answers are written while a prompt is read. policy: which expert goes when a slot is needed, ""
-    for the default. lookahead: whether layers ask the next one's router what it will want.
+    for the default. lookahead: whether layers ask the next one's router what it will want. tiers:
+    see `zipmoe.tiers`, None for all compressed.
     """
 
     memory: int | None = None
@@ -72,6 +73,7 @@ class LoadOptions:
     policy: str = ""
     batch: int = 1
     lookahead: bool = True
+    tiers: tiers.Amounts | None = None
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTES:
@@ -143,7 +145,7 @@ class Runtime:
         return self.source.cache
 
     def engaged(self) -> dict[str, str]:
-        """Say what is at work: compute, codec, instruction set, reader.
+        """Say what is at work: compute, codec, instruction set, reader, experts in each tier.
 
         in_parts: attention and MoE blocks that run natively, but not in one call each. fell_back:
         what was left to torch. watches, gave_back: what may take memory from the cache, and did.
@@ -156,6 +158,7 @@ class Runtime:
             "codec": self.codec["experts"],
             "isa": cache.isa if engine is None else engine.isa,
             "reader": cache.reader,
+            "tiers": tiers.described(cache.tiers),
             "in_parts": ", ".join(self.in_parts) or "nothing",
             "fell_back": ", ".join(self._fell_back()) or "nothing",
             "watches": self.watch.watches if self.watch else "nothing",
@@ -202,6 +205,7 @@ class ZipmoeQuantizer(HfQuantizer):
             )
         self.options = _OPTIONS.get(LoadOptions())
         self.base_bytes = budget.base_bytes(budget.rss_bytes())
+        self._tiers: tuple[int, int, int, int] | None = None
 
     # -- before the weight files are looked for ------------------------------------------------
 
@@ -233,6 +237,8 @@ class ZipmoeQuantizer(HfQuantizer):
             skeleton = bind_skeleton(model, store, self.options, self.base_bytes)
             memory = self.options.memory or budget.available_memory().budget
             report = budget.plan(skeleton.needs, memory)
+            if self.options.tiers is not None:
+                self._tiers = tiers.counts(self.options.tiers, skeleton.table, report)
             if report.dense > skeleton.needs.dense:  # every expert has its place: there is room
                 skeleton.dense.rows_only.clear()
             self._dense = DenseFile(skeleton.tensors, store.read_dense)
@@ -262,13 +268,16 @@ class ZipmoeQuantizer(HfQuantizer):
             runtime.in_parts = sorted({type(module).__name__ for module in left})
             kv.attach(model)
         report, needs = runtime.report, self._skeleton.needs
-        capacity = max(report.cache, min(needs.cache_all, report.promised - report.dense))
+        capacity = report.cache
+        if self._tiers is None:  # what is split stays as it is
+            capacity = max(capacity, min(needs.cache_all, report.promised - report.dense))
         cache = runtime.source.cache = _core.ExpertCache(
             self._skeleton.paths,
             self._skeleton.table,
             capacity_bytes=capacity,
             limit_bytes=report.cache,
             policy=self.options.policy,
+            tiers=self._tiers,
             **self._reading(),
         )
         runtime.lending = Lending(cache, capacity, report, self._skeleton.demand)

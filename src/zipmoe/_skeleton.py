@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zipmoe import _core, footprint, kv, packed
+from zipmoe import _core, footprint, kv, packed, tiers
 from zipmoe._errors import MismatchError
 from zipmoe._index import CODECS, PAGE, ceil_to
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
@@ -83,7 +83,7 @@ def bind_skeleton(model: Any, store: Any, options: LoadOptions, base_bytes: int)
         forward=footprint.forward_growth(model, shape),
         decoded=ExpertSource.buffer_bytes(layers),
     )
-    floor = _core.ExpertCache.floor_bytes(table)
+    floor, everything = tiers.cache_bytes(table, options.tiers)
     needs = Needs(
         base=base_bytes,
         dense=footprint.dense_bytes(model, model._get_dtype_plan(dtype)) + dense.nbytes,
@@ -91,7 +91,7 @@ def bind_skeleton(model: Any, store: Any, options: LoadOptions, base_bytes: int)
         scratch=demand.scratch_bytes(context, options.batch)
         + _step_bytes(demand, shape, options.streams),
         cache_floor=floor,
-        cache_all=floor + _all_experts_bytes(table),
+        cache_all=everything,
         loading=max(transient, dense.loading_bytes),
         on_drive=dense.rows_bytes,
     )
@@ -240,12 +240,6 @@ def _record_bytes(table: NDArray[np.uint64]) -> list[int]:
     lengths = ceil_to(table[:, 11], PAGE) + ceil_to(table[:, 14], PAGE)
     _, first = np.unique(table[:, :2], axis=0, return_index=True)
     return [int(size) for size in np.add.reduceat(lengths, np.sort(first))]
-
-
-def _all_experts_bytes(table: NDArray[np.uint64]) -> int:
-    """Room for every expert, each in a slot of the largest record's size."""
-    records = _record_bytes(table)
-    return len(records) * max(records)
 
 
 def _model_sizes(

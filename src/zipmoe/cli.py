@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from ._options import Codec, Compute, Context, Json, Memory, Store, memory_size
+from ._options import Codec, Compute, Context, Json, Memory, Store, Tiers, memory_size
 from ._plan_command import plan
 from ._routing_commands import bench_app, trace_app
 from ._serve_command import serve
@@ -253,6 +253,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "native",
+    tiers: Tiers = None,
     record: Record = None,
     as_json: Json = False,
 ) -> None:
@@ -272,7 +273,7 @@ def generate(
     terminal = Terminal(as_json=as_json)
     with reporting(terminal):
         text = sys.stdin.read() if prompt == "-" else prompt
-        options = {"context": context, "compute": compute}
+        options = {"context": context, "compute": compute, "tiers": tiers}
         with (
             loaded_model(terminal, store, memory=memory, **options) as loaded,
             recorded(terminal, loaded, record),
@@ -301,6 +302,7 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     compute: Compute = "native",
+    tiers: Tiers = None,
     record: Record = None,
     system: Annotated[
         str | None,
@@ -319,7 +321,7 @@ def chat(
     from ._session import Forecasts, loaded_model, recorded
 
     terminal = Terminal(as_json=False)
-    options = {"context": context, "compute": compute}
+    options = {"context": context, "compute": compute, "tiers": tiers}
     answers = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     with (
         reporting(terminal),

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 __all__ = ["GenerateResult", "generate"]
 
 DEFAULT_TOKENS = 256
-_COUNTED = ("hits", "misses", "bytes_read")
+_COUNTED = (
+    "hits",
+    "misses",
+    "bytes_read",
+    "full_hits",
+    "sign_mantissa_hits",
+    "exponent_hits",
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class GenerateResult:
 
     `ttft_s`: seconds from the call to the first token. `tpot_s`: mean seconds of each token after
     it; 0 if there is none. `memory_bytes` is what was promised, `peak_rss_bytes` the most that
-    this process ever had. `cache` counts experts asked for and found in memory (hits) or not
-    (misses), and bytes read from the store.
+    this process ever had. `cache` counts experts asked for and found in memory (hits, `full_hits`
+    of them decoded) or not (misses, of which `sign_mantissa_hits` and `exponent_hits` had one
+    plane there), and bytes read from the store.
     """
 
     text: str

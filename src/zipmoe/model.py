@@ -25,10 +25,11 @@ from zipmoe._errors import FormatError
 from zipmoe._quantizer import LoadOptions, Runtime, loading, make_known
 from zipmoe._skeleton import bind_skeleton
 from zipmoe.store import open_store
+from zipmoe.tiers import parse_tiers
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from zipmoe._skeleton import Skeleton
 
@@ -99,6 +100,7 @@ def load(
     policy: str = "",
     batch: int = 1,
     lookahead: bool = True,
+    tiers: str | Sequence[int | float] | None = None,
 ) -> Loaded:
     """Load a packed model.
 
@@ -121,6 +123,10 @@ def load(
         More than were counted for are refused with a BudgetError where they do not fit.
     lookahead : whether experts that the next layer will probably want are read while the drive
         would be idle. No result depends on it.
+    tiers : "F,C,S,E": how much the expert cache holds decoded, compressed, as
+        sign-mantissas alone and as exponents alone, each a number of experts or, with %, a share of
+        its memory. Whoever is worth most is in the first. Experts being used count as compressed.
+        None: all compressed. No result depends on it.
 
     Returns
     -------
@@ -132,7 +138,9 @@ def load(
     FormatError, CorruptError, MismatchError
         The store cannot be used.
     BudgetError
-        The memory is below the floor of this model and context.
+        The memory is below the floor of this model and context, or too little for the tiers.
+    ZipmoeError
+        The experts' codec does not have these tiers.
     ValueError
         An option that does not exist.
     """
@@ -145,6 +153,7 @@ def load(
         policy=policy,
         batch=batch,
         lookahead=lookahead,
+        tiers=None if tiers is None else parse_tiers(tiers),
     )
     folder = Path(store)
     open_store(folder).close()  # transformers reads nothing that has not been verified

@@ -215,6 +215,7 @@ def test_an_answer_follows_its_schema(served, temperature):
 
 # ---- refusals
 
+NAMED = {"type": "function", "function": {"name": "f"}}
 BAD_FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}
 
 
@@ -227,6 +228,7 @@ BAD_FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type
         ({"nonsense": 1}, 400, "nonsense"),
         ({"n": 9}, 400, "n"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"tool_choice": NAMED}, 400, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
         ({"logit_bias": {"999": 1}}, 400, "logit_bias"),
         (

@@ -43,7 +43,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": schemas.ErrorBody, "description": "Too many requests wait; see Retry-After"},
     503: {"model": schemas.ErrorBody, "description": "The store cannot be read, or the end"},
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM: dict[str, Any] = {"text/event-stream": {}}
 
 
 def build(

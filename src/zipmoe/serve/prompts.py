@@ -127,7 +127,7 @@ def _offered(asked: ChatRequest) -> list[dict[str, Any]] | None:
     ServingError
         A call is to be enforced.
     """
-    if asked.tool_choice not in {None, "none", "auto"}:
+    if asked.tool_choice not in (None, "none", "auto"):  # no set: a model has no hash
         raise refused("tool_choice", "a call cannot be enforced; there are auto and none")
     if not asked.tools or asked.tool_choice == "none":
         return None

@@ -9,8 +9,8 @@ namespace zipmoe {
 // through megabytes at memory speed, and with pages of 4 KiB a good part of that time would go to
 // the TLB.
 //
-// What is touched, and not before, takes memory, and not a page more (a huge page is used only where
-// it lies wholly inside the stretch).
+// What is touched, and not before, takes memory, and not a page more (a huge page is used only
+// where it lies wholly inside the stretch).
 //
 // A forked child does not inherit it (MADV_DONTFORK): copy on write would otherwise move pages from
 // under a running direct read.

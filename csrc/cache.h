@@ -210,8 +210,8 @@ class ExpertCache final : private ReadSink {
   std::unordered_map<std::uint32_t, Failure> failed_;  // by expert: reads that nobody waited for
   std::deque<std::uint32_t> wanted_;                   // of the latest list, not yet started
   std::deque<std::uint32_t> ahead_;                    // of what may come after it
-  std::vector<bool> is_ahead_;             // by expert: read ahead, not visited yet
-  std::atomic<std::uint32_t> num_usable_;  // whole experts within the limit
+  std::vector<bool> is_ahead_;                         // by expert: read ahead, not visited yet
+  std::atomic<std::uint32_t> num_usable_;              // whole experts within the limit
   std::uint64_t allocated_bytes_ = 0;
   std::uint64_t filled_bytes_ = 0;  // of the arena, from its begin, that have been touched
   CacheCounters counters_;

@@ -140,7 +140,7 @@ def test_what_others_need_is_withheld_from_share_and_loan_together():
 
 
 def test_a_pass_that_fails_is_no_longer_counted(small_store):
-    with zipmoe.load(small_store, memory="1GB", context=64) as loaded:
+    with zipmoe.load(small_store, memory="64GB", context=64) as loaded:
         with pytest.raises(Exception, match=r"."):
             loaded.model(input_ids="no tokens")
         assert loaded.runtime.lending._coming == {}

@@ -69,12 +69,12 @@ def test_a_plan_counts_what_a_load_counts(family, compute, family_store):
     assert skeleton.needs.base >= 500_000_000
 
 
-def test_slots_are_those_of_the_cache_or_one_less(store):
+def test_slots_are_those_of_the_cache(store):
     skeleton = counted(store, context=64)
     for more in (1, 100_000, 567_890, 1_234_567, 5_000_000):
         capacity = skeleton.needs.cache_floor + more
         cache = _core.ExpertCache(skeleton.paths, skeleton.table, capacity_bytes=capacity)
-        assert cache.slots - 1 <= cache_slots(skeleton.table, capacity) <= cache.slots
+        assert cache_slots(skeleton.table, capacity) == cache.slots
         cache.close()
 
 

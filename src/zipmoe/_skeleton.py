@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Skeleton", "bind_skeleton", "cache_slots"]
 
 DEFAULT_CONTEXT = 4096
-_SLOT_TABLES = 256  # bytes that the cache keeps for a slot besides the record, at most
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,11 @@ def _step_bytes(demand: Demand, shape: Activations, streams: int) -> int:
 
 
 def cache_slots(table: NDArray[np.uint64], cache_bytes: int) -> int:
-    """Experts that an expert cache of this size holds: as many as `ExpertCache`, or one less."""
-    floor = _core.ExpertCache.floor_bytes(table)
-    records = _record_bytes(table)
-    return min(2 + (cache_bytes - floor) // (max(records) + _SLOT_TABLES), len(records))
+    """Experts that an expert cache of this size holds."""
+    total = len(_record_bytes(table))
+    least, all_of_them = (_core.ExpertCache.needed_bytes(table, (0, n, 0, 0)) for n in (2, total))
+    each = (all_of_them - least) // max(total - 2, 1)
+    return min(2 + (cache_bytes - least) // each, total) if each else total
 
 
 def _bind_experts(model: nn.Module, layers: list[ExpertLayer], *, native: bool) -> ExpertSource:

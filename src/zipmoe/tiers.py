@@ -97,7 +97,7 @@ def cache_bytes(table: Any, amounts: Amounts | None) -> tuple[int, int]:
     floor = _core.ExpertCache.floor_bytes(table)
     everything = len({(layer, expert) for layer, expert in table[:, :2].tolist()})
     full = everything if amounts is not None and amounts[0] else 0
-    return floor, floor + _core.ExpertCache.needed_bytes(table, (full, everything, 0, 0))
+    return floor, max(floor, _core.ExpertCache.needed_bytes(table, (full, everything, 0, 0)))
 
 
 def described(numbers: Sequence[int]) -> str:

@@ -34,7 +34,8 @@ def with_llm(folder, url, model, *words):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=True,
-        env=os.environ | {"LLM_USER_PATH": str(folder)},
+        # No plugins: the package that the demo's weights come from is one, and wants llama.cpp.
+        env=os.environ | {"LLM_USER_PATH": str(folder), "LLM_LOAD_PLUGINS": ""},
         timeout=120,
     )
     return done.stdout.decode().rstrip("\n")

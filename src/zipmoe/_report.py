@@ -104,8 +104,8 @@ def measured(result: GenerateResult) -> str:
     pace = f", then {result.tpot_s * 1000:.0f} ms per token" if result.tpot_s else ""
     peak, promised = format_bytes(result.peak_rss_bytes), format_bytes(result.memory_bytes)
     engaged = dict(result.engaged)
-    del engaged["in_parts"]  # for --json: it says how, not what
-    del engaged["watches"]
+    for how in ("in_parts", "watches", "on_drive", "lent"):  # for --json: how, not what
+        engaged.pop(how, None)
     said = {"left to torch": engaged.pop("fell_back"), "gave back": engaged.pop("gave_back")}
     left = "".join(f"; {what}: {that}" for what, that in said.items() if that != "nothing")
     return (

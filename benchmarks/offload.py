@@ -376,27 +376,28 @@ def stop(*_: object) -> None:
     raise SystemExit("stopped; --resume goes on")
 
 
-def add_shared_options(parser: argparse.ArgumentParser) -> None:
+def run_bench(kind: Callable[[argparse.Namespace], Bench], parser: argparse.ArgumentParser) -> None:
+    """Run a benchmark of this model, with the options that all of them have."""
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--attempts", type=int, default=2, help="most of a disturbed run")
     parser.add_argument("--resume", action="store_true", help="go on with the runs that --out has")
     parser.add_argument("--counts", type=Path, help="recorded counts, to take routing from")
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, stop)
+    bench = kind(options)
+    making = {"shape": bench.shape, "cache": options.cache, "counts": options.counts}
+    in_child("offload:prepare", **making)
+    publish(bench.run(), options.out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_shared_options(parser)
     parser.add_argument("--arms", help="of those, by commas; all that are installed without it")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, stop)
-    bench = Bench(options)
-    making = {"shape": bench.shape, "cache": options.cache, "counts": options.counts}
-    in_child("offload:prepare", **making)
-    publish(bench.run(), options.out)
+    run_bench(Bench, parser)
 
 
 if __name__ == "__main__":

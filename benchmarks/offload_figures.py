@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from document import publish
 from limits import ordinary_read_ahead
 from machine import describe_machine
 from offload import (
@@ -29,8 +27,7 @@ from offload import (
     Bench,
     Kind,
     Task,
-    add_shared_options,
-    stop,
+    run_bench,
     zipmoe_kind,
 )
 from offload_summary import arms
@@ -140,14 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_shared_options(parser)
     parser.add_argument("--skip-codecs", action="store_true", help="pack nothing")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, stop)
-    bench = Figures(options)
-    making = {"shape": bench.shape, "cache": options.cache, "counts": options.counts}
-    in_child("offload:prepare", **making)
-    publish(bench.run(), options.out)
+    run_bench(Figures, parser)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,8 @@ class ExpertCache final : private ReadSink {
                                                       std::span<const std::uint64_t> experts) const;
   void release(std::uint32_t expert, const Holding& holding, bool ends_visit) noexcept;
   void end_promotion(std::uint32_t expert, Holding& holding);
+  template <class Act>
+  void for_each_extent(std::uint32_t expert, const Read& read, const Act& act) const;
   [[nodiscard]] Read plan_read(std::uint32_t expert) const;
   [[nodiscard]] std::optional<Failure> verify(std::uint32_t expert, const Read& read) const;
   [[nodiscard]] Failure describe(std::uint32_t expert, const ReadResult& result) const;

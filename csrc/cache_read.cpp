@@ -34,11 +34,10 @@ bool ExpertCache::start_read(std::uint32_t expert, Victim victim) {
   return true;
 }
 
-// In the order of the file: a record that is missing whole is one stretch where its planes lie in
-// one slot.
-ExpertCache::Read ExpertCache::plan_read(std::uint32_t expert) const {
-  Read read;
-  read.slots = tiers_.slots_to_read(expert);
+// Calls act(number of the matrix, extent, its bytes in memory) for each extent that a read brings,
+// in the order of the file.
+template <class Act>
+void ExpertCache::for_each_extent(std::uint32_t expert, const Read& read, const Act& act) const {
   const auto matrices = table_.matrices(table_.records()[expert]);
   for (std::size_t m = 0; m < matrices.size(); ++m) {
     for (std::size_t i = 0; i < kExtentsPerMatrix; ++i) {
@@ -46,19 +45,29 @@ ExpertCache::Read ExpertCache::plan_read(std::uint32_t expert) const {
       const std::size_t which = layout_.pool_of(i);
       if (!read.slots[which] || extent.length == 0) continue;
       const SlotPool& pool = layout_.planes()[which];
-      std::byte* to = in_slot(pool, *read.slots[which], offset_in_slot(pool.part, matrices, m, i));
-      read.bytes += extent.padded();
-      if (!read.stretches.empty()) {
-        Stretch& last = read.stretches.back();
-        if (last.offset + last.into.size() == extent.offset &&
-            last.into.data() + last.into.size() == to) {
-          last.into = {last.into.data(), last.into.size() + extent.padded()};
-          continue;
-        }
-      }
-      read.stretches.push_back({extent.offset, {to, extent.padded()}});
+      std::byte* begin =
+          in_slot(pool, *read.slots[which], offset_in_slot(pool.part, matrices, m, i));
+      act(m, extent, std::span(begin, extent.padded()));
     }
   }
+}
+
+// A record that is missing whole is one stretch where its planes lie in one slot.
+ExpertCache::Read ExpertCache::plan_read(std::uint32_t expert) const {
+  Read read;
+  read.slots = tiers_.slots_to_read(expert);
+  for_each_extent(expert, read, [&](std::size_t, const ExtentPlace& extent, auto into) {
+    read.bytes += into.size();
+    if (!read.stretches.empty()) {
+      Stretch& last = read.stretches.back();
+      if (last.offset + last.into.size() == extent.offset &&
+          last.into.data() + last.into.size() == into.data()) {
+        last.into = {last.into.data(), last.into.size() + into.size()};
+        return;
+      }
+    }
+    read.stretches.push_back({extent.offset, into});
+  });
   return read;
 }
 
@@ -121,21 +130,14 @@ void ExpertCache::finish_read(std::uint32_t expert, std::optional<Failure> failu
 std::optional<ExpertCache::Failure> ExpertCache::verify(std::uint32_t expert,
                                                         const Read& read) const {
   const ExpertRecord& record = table_.records()[expert];
-  const auto matrices = table_.matrices(record);
-  for (std::size_t m = 0; m < matrices.size(); ++m) {
-    for (std::size_t i = 0; i < kExtentsPerMatrix; ++i) {
-      const ExtentPlace& extent = matrices[m].extents[i];
-      const std::size_t which = layout_.pool_of(i);
-      if (!read.slots[which] || extent.length == 0) continue;
-      const SlotPool& pool = layout_.planes()[which];
-      const std::byte* bytes =
-          in_slot(pool, *read.slots[which], offset_in_slot(pool.part, matrices, m, i));
-      if (xxh3({reinterpret_cast<const std::uint8_t*>(bytes), extent.padded()}) != extent.xxh3)
-        return corrupt(record, "wrong checksum in " + matrix_name(m, matrices.size()),
-                       extent.offset);
-    }
-  }
-  return std::nullopt;
+  std::optional<Failure> failure;
+  for_each_extent(expert, read, [&](std::size_t matrix, const ExtentPlace& extent, auto bytes) {
+    if (failure) return;
+    if (xxh3({reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()}) != extent.xxh3)
+      failure = corrupt(record, "wrong checksum in " + matrix_name(matrix, record.num_matrices),
+                        extent.offset);
+  });
+  return failure;
 }
 
 ExpertCache::Failure ExpertCache::describe(std::uint32_t expert, const ReadResult& result) const {

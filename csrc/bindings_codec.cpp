@@ -3,15 +3,18 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "bindings.h"
 #include "codec.h"
+#include "rank_layout.h"
 #include "xxh3.h"
 
 namespace nb = nanobind;
@@ -92,6 +95,15 @@ void bind_codec(nb::module_& m) {
         return std::pair(chosen.row_group, chosen.k_tile);
       },
       "rows"_a, "columns"_a);
+  m.def(
+      "rank_layout",
+      [](const std::string& codec, std::uint64_t rows, std::uint64_t columns,
+         std::uint32_t row_group, std::uint32_t k_tile) {
+        const RankLayout layout(codec_from_name(codec), Grid(rows, columns, {row_group, k_tile}));
+        return std::tuple(layout.code_bits, layout.table_bytes, layout.tables_at, layout.offsets_at,
+                          layout.variable_at);
+      },
+      "codec"_a, "rows"_a, "columns"_a, nb::kw_only(), "row_group"_a, "k_tile"_a);
   m.def("xxh3", &xxh3_of, "data"_a);
 
   nb::class_<Encoded>(m, "Encoded")

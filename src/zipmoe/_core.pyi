@@ -19,6 +19,14 @@ def available_isas() -> list[str]:
 def geometry(rows: int, columns: int) -> tuple[int, int]:
     """(row group, k-tile) that zipmoe chooses for a matrix (docs/format.md section 5)."""
 
+def rank_layout(
+    codec: str, rows: int, columns: int, *, row_group: int, k_tile: int
+) -> tuple[int, int, int, int, int]:
+    """(code bits, bytes of a table, where tables, offsets and variable part begin) of extent 1.
+
+    Of a rank codec: docs/format.md section 7.2.
+    """
+
 def xxh3(data: Any) -> int:
     """XXH3 64 of a contiguous buffer."""
 

@@ -123,7 +123,7 @@ def bind(model: nn.Module, targets: Mapping[str, DenseTensor]) -> PackedDense:
             weight = dense.weights[tensor.name] = PackedWeight(tensor.shape)
             sizes = tensor.plane_bytes if tensor.codec not in WHOLE else (tensor.decoded_bytes,)
             dense.sizes[tensor.name] = sum(_padded(size) for size in sizes)
-            if DriveRows.takes(tensor.codec):
+            if tensor.codec not in WHOLE:
                 dense.rows_only.add(tensor.name)
         for place in _places(model, module, name):
             delattr(place, name)  # nn.Module refuses a plain object over a parameter

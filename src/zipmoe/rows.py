@@ -14,7 +14,9 @@ import numpy as np
 import xxhash
 
 from zipmoe import _core
-from zipmoe._errors import CorruptError, FetchError
+from zipmoe._errors import CorruptError
+from zipmoe._index import ceil_to
+from zipmoe.store import fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,8 +29,6 @@ __all__ = ["DriveRows"]
 
 _ALIGNMENT = 64
 _GUARD = 64
-_CODE_BITS = {"rank223": 2, "rank3": 3, "rank4": 4}
-_TABLE_BYTES = {"rank223": 16, "rank3": 8, "rank4": 16}
 
 
 class _Part(NamedTuple):
@@ -53,7 +53,7 @@ class DriveRows:
         self._tile = record.k_tile
         self._num_groups = -(-record.rows // self._group)
         self._tiles = 0 if self._is_raw else -(-record.columns // record.k_tile)
-        self._width = -(-record.columns // 64) * 64  # of all tiles: only the last one is padded
+        self._width = int(ceil_to(record.columns, 64))  # of all tiles: only the last one is padded
         if not self._is_raw:
             self._read_tables(record.planes[1])
         groups = range(self._num_groups)
@@ -61,11 +61,6 @@ class DriveRows:
         self._sums = np.fromiter(sums, np.uint64, self._num_groups)
         self._fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    @staticmethod
-    def takes(codec: str) -> bool:
-        """Tell whether single rows of this codec can be read."""
-        return codec == "raw" or codec in _CODE_BITS
 
     @staticmethod
     def resident_bytes(rows: int, columns: int) -> int:
@@ -106,17 +101,17 @@ class DriveRows:
     def _read_tables(self, plane: NDArray[np.uint8]) -> None:
         """Keep the parts of plane 1 that are small: docs/format.md section 7.2."""
         blocks = self._num_groups * self._tiles
-        weights = self._first_weight(self._num_groups)
-        tables_at = _aligned(weights // 8 * _CODE_BITS[self.codec])
-        offsets_at = _aligned(tables_at + _TABLE_BYTES[self.codec] * blocks)
-        self._variable_at = _aligned(offsets_at + 4 * (blocks + 1))
-        tables = plane[tables_at : tables_at + _TABLE_BYTES[self.codec] * blocks]
+        layout = _core.rank_layout(
+            self.codec, self._rows, self.columns, row_group=self._group, k_tile=self._tile
+        )
+        self._bits, table_bytes, tables_at, offsets_at, self._variable_at = layout
+        tables = plane[tables_at : tables_at + table_bytes * blocks]
         self._tables = tables.reshape(self._num_groups, -1).copy()
         self._offsets = plane[offsets_at : offsets_at + 4 * (blocks + 1)].view("<u4").copy()
 
     def _first_weight(self, group: int) -> int:
         """Weights before a row group, padding included."""
-        rows = min(group * self._group, -(-self._rows // 4) * 4)
+        rows = min(group * self._group, int(ceil_to(self._rows, 4)))
         return rows * self._width
 
     def _real_rows(self, group: int) -> int:
@@ -127,11 +122,10 @@ class DriveRows:
             begin = group * self._group * self.columns * 2
             return [_Part(0, begin, begin + self._real_rows(group) * self.columns * 2)]
         first, end = self._first_weight(group), self._first_weight(group + 1)
-        bits = _CODE_BITS[self.codec]
         low, high = (int(self._offsets[g * self._tiles]) for g in (group, group + 1))
         return [
             _Part(0, first, end),
-            _Part(1, first // 8 * bits, end // 8 * bits),
+            _Part(1, first // 8 * self._bits, end // 8 * self._bits),
             _Part(1, self._variable_at + low, self._variable_at + high),
         ]
 
@@ -171,21 +165,9 @@ class DriveRows:
 
     def _read_part(self, part: _Part) -> NDArray[np.uint8]:
         out = np.empty(part.end - part.begin, np.uint8)
-        offset, done = self._place.offsets[part.plane] + part.begin, 0
-        while done < out.size:
-            try:
-                got = os.preadv(self._fd, [out[done:].data], offset + done)
-            except OSError as error:
-                raise FetchError(
-                    f"cannot read {self._place.tensor} from {self._place.path} at "
-                    f"{offset + done}: {error.strerror}",
-                    path=self._place.path,
-                    offset=offset + done,
-                    errno=error.errno or 0,
-                ) from error
-            if got == 0:
-                raise self._corrupt(part, "the file ends too early")
-            done += got
+        offset = self._place.offsets[part.plane] + part.begin
+        if not fill(self._fd, self._place.path, offset, out):
+            raise self._corrupt(part, "the file ends too early")
         return out
 
     def _corrupt(self, part: _Part, why: str) -> CorruptError:
@@ -196,7 +178,3 @@ class DriveRows:
             plane=self._place.planes[part.plane],
             offset=self._place.offsets[part.plane] + part.begin,
         )
-
-
-def _aligned(count: int) -> int:
-    return -(-count // _ALIGNMENT) * _ALIGNMENT

@@ -301,23 +301,36 @@ def read_padded(shard: OpenShard, row: int, plane: int) -> NDArray[np.uint8]:
     """Read one extent and its padding, and check their checksum."""
     offset, length, expected = (int(value) for value in shard.entries[row]["extents"][plane])
     buffer = np.empty(int(ceil_to(length, PAGE)), np.uint8)
+    if not fill(shard.fd, shard.path, offset, buffer):
+        raise CorruptError("the file ends too early", **place_of(shard, row, plane))
+    if length and xxhash.xxh3_64_intdigest(buffer.data) != expected:
+        raise CorruptError("wrong checksum", **place_of(shard, row, plane))
+    return buffer
+
+
+def fill(fd: int, path: str, offset: int, buffer: NDArray[np.uint8]) -> bool:
+    """Read a whole buffer, however little the system gives at once; False: the file ends before.
+
+    Raises
+    ------
+    FetchError
+        The system cannot read it.
+    """
     done = 0
     while done < buffer.size:
         try:
-            got = os.preadv(shard.fd, [buffer[done:].data], offset + done)
+            got = os.preadv(fd, [buffer[done:].data], offset + done)
         except OSError as error:
             raise FetchError(
-                f"cannot read {shard.path} at {offset + done}: {error.strerror}",
-                path=shard.path,
+                f"cannot read {path} at {offset + done}: {error.strerror}",
+                path=path,
                 offset=offset + done,
                 errno=error.errno or 0,
             ) from error
         if got == 0:
-            raise CorruptError("the file ends too early", **place_of(shard, row, plane))
+            return False
         done += got
-    if length and xxhash.xxh3_64_intdigest(buffer.data) != expected:
-        raise CorruptError("wrong checksum", **place_of(shard, row, plane))
-    return buffer
+    return True
 
 
 def place_of(shard: OpenShard, row: int, plane: int) -> dict[str, Any]:

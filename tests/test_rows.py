@@ -6,35 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_store import write_store
 
 import zipmoe
-from zipmoe import _core, budget
-from zipmoe._errors import BudgetError, CorruptError, FetchError
+from zipmoe import _core
+from zipmoe._errors import CorruptError, FetchError
 from zipmoe.generate import generate
 from zipmoe.rows import DriveRows
 from zipmoe.store import PackedPlace, PackedRecord
 
 CODECS = ["rank223", "rank3", "rank4", "raw"]
-
-
-@pytest.fixture(scope="module")
-def small_store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture
-def at_floor(small_store, monkeypatch):
-    """Give a function that loads it with the least memory that works."""
-    now = budget.rss_bytes()
-    monkeypatch.setattr(budget, "rss_bytes", lambda: now)  # or the floor moves from call to call
-
-    def load():
-        with pytest.raises(BudgetError) as caught:
-            zipmoe.load(small_store, memory=1, context=64)
-        return zipmoe.load(small_store, memory=caught.value.floor_bytes, context=64)
-
-    return load
 
 
 def gaussian(rng, rows, columns):

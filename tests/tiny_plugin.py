@@ -70,3 +70,29 @@ def family_store(tmp_path_factory):
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory):
+    """Give the store of a small model that has a tokenizer."""
+    from small_store import write_store  # noqa: PLC0415
+
+    return write_store(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def at_floor(small_store, monkeypatch):
+    """Give a function that loads `small_store` with the least memory that works."""
+    import zipmoe  # noqa: PLC0415
+    from zipmoe import budget  # noqa: PLC0415
+    from zipmoe._errors import BudgetError  # noqa: PLC0415
+
+    now = budget.rss_bytes()
+    monkeypatch.setattr(budget, "rss_bytes", lambda: now)  # or the floor moves from call to call
+
+    def load():
+        with pytest.raises(BudgetError) as caught:
+            zipmoe.load(small_store, memory=1, context=64)
+        return zipmoe.load(small_store, memory=caught.value.floor_bytes, context=64)
+
+    return load

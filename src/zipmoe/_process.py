@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 __all__ = ["peak_rss_bytes", "rss_bytes", "unreclaimable_bytes"]
 
 
 def rss_bytes() -> int:
-    """Memory of this process now (VmRSS)."""
-    return _status_bytes("VmRSS")
+    """Memory of this process now (VmRSS). Quick enough for every token."""
+    with open("/proc/self/statm", "rb", buffering=0) as file:  # noqa: PTH123  Path reads in text
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def unreclaimable_bytes() -> int:

@@ -27,10 +27,10 @@ from zipmoe.dense import PADDING, DenseFile
 from zipmoe.experts import IMPLEMENTATION, experts_forward
 from zipmoe.gated import replace_gated
 from zipmoe.layers import replace_blocks
-from zipmoe.lending import Lending, see_passes
+from zipmoe.lending import Lending
 from zipmoe.norm import replace_norms
 from zipmoe.pressure import Watch
-from zipmoe.recording import announce_request, pass_shape
+from zipmoe.recording import pass_shape
 from zipmoe.store import open_store
 
 if TYPE_CHECKING:
@@ -281,12 +281,10 @@ class ZipmoeQuantizer(HfQuantizer):
             **self._reading(),
         )
         runtime.lending = Lending(cache, capacity, report, self._skeleton.demand)
-        floor = _core.ExpertCache.floor_bytes(self._skeleton.table)
-        runtime.watch = Watch(runtime.lending, report, floor).start()
+        runtime.watch = Watch(runtime.lending, report, needs.cache_floor).start()
         model.zipmoe = runtime
-        model.register_forward_pre_hook(_admit, with_kwargs=True)
-        see_passes(model)
-        model.register_forward_pre_hook(announce_request, with_kwargs=True)
+        model.register_forward_pre_hook(_before_pass, with_kwargs=True)
+        model.register_forward_hook(_after_pass, with_kwargs=True, always_call=True)
         weakref.finalize(model, runtime.close)
         return model
 
@@ -321,17 +319,25 @@ def make_known() -> None:
     attention.register()
 
 
-def _admit(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-    """Refuse a forward pass that its memory was not counted for. A hook before it.
+# Functions, not methods: a copy of a model, which is refused, would begin with its hooks.
+def _before_pass(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Refuse a pass that its memory was not counted for, make room, and say if a request begins.
 
-    Whoever runs several sequences together admits them (`Runtime.announces_requests`).
+    Whoever runs several sequences together admits them, and tells the cache of each
+    (`Runtime.announces_requests`).
     """
-    if not model.zipmoe.announces_requests:
-        return
-    sequences, tokens = pass_shape(args, inputs)
+    runtime, (sequences, tokens) = model.zipmoe, pass_shape(args, inputs)
     past = inputs.get("past_key_values")
     known = 0 if past is None else past.get_seq_length()
-    model.zipmoe.admit(known + tokens, sequences)
+    if runtime.announces_requests:
+        runtime.admit(known + tokens, sequences)
+    runtime.lending.begin(tokens, known, sequences)
+    if runtime.announces_requests and known == 0:
+        runtime.cache.begin_request()
+
+
+def _after_pass(model: Any, *_: Any, **__: Any) -> None:
+    model.zipmoe.lending.end()
 
 
 def _forget_quantised(model: Any) -> None:

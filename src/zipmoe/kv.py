@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 PLACE = 7  # numbers that describe a sequence's cache in one layer, the tokens being the last
-_STEP = 256  # tokens of room to begin with, and at each growth
+STEP = 256  # tokens of room to begin with, and at each growth
 
 
 def room(tokens: int) -> int:
     """Count the tokens for which there is room in a cache that holds so many."""
-    return -(-(tokens + 1) // _STEP) * _STEP
+    return -(-(tokens + 1) // STEP) * STEP
 
 
 class UnwantedError(ZipmoeError):

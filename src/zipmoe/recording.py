@@ -22,22 +22,13 @@ if TYPE_CHECKING:
     from zipmoe._expert_source import ExpertSource
     from zipmoe.routing import Trace
 
-__all__ = ["RoutingRecording", "announce_request", "begins_request", "pass_shape"]
+__all__ = ["RoutingRecording", "begins_request", "pass_shape"]
 
 
 def begins_request(inputs: dict[str, Any]) -> bool:
     """Tell from a forward pass's arguments whether its tokens are the first ones."""
     past = inputs.get("past_key_values")
     return past is None or past.get_seq_length() == 0
-
-
-def announce_request(model: Any, _: Any, inputs: dict[str, Any]) -> None:
-    """Tell the expert cache when a request begins. A hook before the model's forward pass.
-
-    It knows of one request at a time: see `Runtime.announces_requests`.
-    """
-    if model.zipmoe.announces_requests and begins_request(inputs):
-        model.zipmoe.cache.begin_request()
 
 
 class RoutingRecording:

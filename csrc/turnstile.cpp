@@ -24,7 +24,12 @@ void Turnstile::enter() {
   {
     Lock lock(mutex_);
     if (std::find(urgent_.begin(), urgent_.end(), std::this_thread::get_id()) != urgent_.end()) {
-      changed_.wait(lock, [this] { return !inside_ && !is_owed_; });
+      while (true) {
+        changed_.wait(lock, [this] { return !inside_ && !is_owed_; });
+        const Clock::time_point until = owed_until_;
+        if (Clock::now() >= until) break;
+        changed_.wait_until(lock, until);
+      }
       inside_ = is_urgent_ = true;
       return;
     }
@@ -53,8 +58,16 @@ void Turnstile::give_way() {
 }
 
 void Turnstile::await_turn(Lock& lock) {
-  waits_ = true;
-  changed_.wait(lock, [this] { return !inside_ && (urgent_.empty() || is_owed_); });
+  const Clock::time_point begin = Clock::now();
+  const auto has_turn = [this] {
+    return !inside_ && (urgent_.empty() || is_owed_ || Clock::now() < owed_until_);
+  };
+  if (!has_turn()) {
+    waits_ = true;
+    changed_.wait(lock, has_turn);
+    const Clock::time_point end = Clock::now();
+    owed_until_ = end + std::chrono::duration_cast<Clock::duration>(kOwedTimes * (end - begin));
+  }
   waits_ = is_owed_ = false;
   inside_ = true;
 }

@@ -2,11 +2,13 @@
 // a time. What a thread does while it is urgent goes before that: an ordinary call inside is asked
 // to give way, where it can; it waits there until nobody is urgent any more, and goes on.
 //
-// So an urgent call waits for no more than an ordinary one does between two such places. Urgent
-// blocks that follow each other closely must not stop an ordinary call for good: if it waited
-// during one, it has a turn from one such place to the next before the calls of another begin.
+// Urgent blocks that follow each other closely must not stop ordinary calls: these have, after they
+// have waited, kOwedTimes as long before urgent ones come in again. So what is ordinary takes
+// 1 + 1 / kOwedTimes of its time beside urgent blocks without a pause, and these 1 + kOwedTimes of
+// theirs, and what an ordinary call takes to the next such place.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <mutex>
@@ -36,11 +38,15 @@ class Turnstile {
   void leave() noexcept;
 
   // For the call inside: whether it has to give way; does so, until its turn comes again.
-  [[nodiscard]] bool is_wanted() const { return !is_urgent_ && num_urgent_ != 0; }
+  [[nodiscard]] bool is_wanted() const {
+    return !is_urgent_ && num_urgent_ != 0 && Clock::now() >= owed_until_;
+  }
   void give_way();
 
  private:
   using Lock = std::unique_lock<std::mutex>;
+  using Clock = std::chrono::steady_clock;
+  static constexpr double kOwedTimes = 1.4;
   void await_turn(Lock& lock);
 
   std::mutex ordinary_;  // held by the ordinary call that is under way
@@ -52,6 +58,9 @@ class Turnstile {
   bool is_urgent_ = false;  // the call inside
   bool waits_ = false;      // the ordinary call under way
   bool is_owed_ = false;    // to it: a turn
+  // Until then ordinary calls have their turns. Read without the lock by the one inside, who set
+  // it.
+  Clock::time_point owed_until_;
 };
 
 }  // namespace zipmoe

@@ -16,7 +16,7 @@ from transformers.utils.chat_parsing import ResponseParser
 from zipmoe import kv
 from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
-from zipmoe.serve.demand import Demand
+from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.documents import ChatWriter
 from zipmoe.serve.limits import Limits
 from zipmoe.serve.machine import Spent, diagnose
@@ -191,7 +191,7 @@ def test_a_prompt_is_not_read_to_its_end_when_nobody_waits_for_it(way, status):
         limits=Limits(),
         metrics=MagicMock(),
         probe=[1],
-        demand=MagicMock(),
+        popularity=MagicMock(),
     )
     request = Request("r", [1, 2, 3], told.append)
     request.answers.append(
@@ -277,15 +277,15 @@ def test_the_diagnosis_names_what_takes_the_time():
     assert diagnose(spent(tokens=1), saved=0.5).startswith("idle")
 
 
-def test_demand_says_what_more_room_would_save():
+def test_popularity_says_what_more_room_would_save():
     routing = [(0, 2, [0, 0, 0, 0, 1, 1, 2, 3]), (1, 2, [3, 3])]
     engine = SimpleNamespace(
         record_routing=lambda _: None, take_routing=lambda: [routing.pop(0)] if routing else []
     )
     layers = [SimpleNamespace(experts=4)] * 2
-    demand = Demand(SimpleNamespace(engine=engine, layers=layers))
+    popularity = Popularity(SimpleNamespace(engine=engine, layers=layers))
     for _ in range(2):
-        demand.note()
-    assert np.isclose(demand.saved(2, 1), 0.5)  # of 2 + 1 + 1 choices of absent experts
-    assert demand.saved(2, 10) == 1
-    assert demand.saved(8, 1) == 0
+        popularity.note()
+    assert np.isclose(popularity.saved(2, 1), 0.5)  # of 2 + 1 + 1 choices of absent experts
+    assert popularity.saved(2, 10) == 1
+    assert popularity.saved(8, 1) == 0

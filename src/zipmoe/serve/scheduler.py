@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zipmoe.serve.answer import Answer, Request
-    from zipmoe.serve.demand import Demand
+    from zipmoe.serve.popularity import Popularity
     from zipmoe.serve.limits import Limits
     from zipmoe.serve.metrics import Metrics
 
@@ -82,11 +82,11 @@ class Scheduler:
         limits: Limits,
         metrics: Metrics,
         probe: Sequence[int],
-        demand: Demand,
+        popularity: Popularity,
         urgent: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._streams, self._limits, self._metrics = streams, limits, metrics
-        self._probe_tokens, self._urgent, self._demand = list(probe), urgent, demand
+        self._probe_tokens, self._urgent, self._popularity = list(probe), urgent, popularity
         self._room = KvRoom(streams, kv_tokens)
         self._changed = threading.Condition()
         self._waiting: list[Answer] = []
@@ -229,7 +229,7 @@ class Scheduler:
             answer.fail(gone() if answer.request.is_cancelled else stopping(self._limits.grace))
         else:
             self._readable()
-            self._demand.note()
+            self._popularity.note()
             self._metrics.prompt_read(answer.request, len(rest), time.monotonic() - started)
             self._took(answer, logits)
         with self._changed:
@@ -268,7 +268,7 @@ class Scheduler:
             else:
                 self._readable()
             self._metrics.stepped(len(batch), time.monotonic() - started)
-            self._demand.note()
+            self._popularity.note()
             for answer, logits in zip(batch, rows, strict=True):
                 if logits is not None:
                     self._took(answer, logits)

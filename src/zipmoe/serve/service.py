@@ -12,7 +12,7 @@ from zipmoe._errors import ZipmoeError
 from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
 from zipmoe.serve.constrain import Constraints
-from zipmoe.serve.demand import Demand
+from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.documents import ChatWriter, TextWriter
 from zipmoe.serve.errors import no_model, refused, too_long
 from zipmoe.serve.metrics import Metrics
@@ -65,14 +65,14 @@ class Service:
         streams.prefill(first, probe)
         streams.close(first)
         engine = loaded.runtime.source.engine
-        self.demand = Demand(loaded.runtime.source)
+        self.popularity = Popularity(loaded.runtime.source)
         self.scheduler = Scheduler(
             streams,
             kv_tokens=kv_tokens,
             limits=limits,
             metrics=self.metrics,
             probe=probe,
-            demand=self.demand,
+            popularity=self.popularity,
             urgent=nullcontext if engine is None else engine.urgent,
         )
         self.metrics.load = self.scheduler.load
@@ -80,7 +80,7 @@ class Service:
     def close(self) -> None:
         """End what is left, and the threads."""
         self.scheduler.close()
-        self.demand.close()
+        self.popularity.close()
 
     def request(
         self, asked: ChatRequest | CompletionRequest, sink: Callable[[Delta], object]

@@ -28,7 +28,6 @@ from zipmoe.serve.errors import (
     too_late,
     unreadable,
 )
-from zipmoe.serve.room import KvRoom
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from zipmoe.serve.answer import Answer, Request
     from zipmoe.serve.popularity import Popularity
+    from zipmoe.serve.room import KvRoom
     from zipmoe.serve.limits import Limits
     from zipmoe.serve.metrics import Metrics
 
@@ -62,6 +62,9 @@ class Streams(Protocol):
     def truncate(self, stream: Any, length: int) -> int:
         """Forget all but the first tokens; give how many are left."""
 
+    def fork(self, stream: Any, length: int) -> Any:
+        """Begin a sequence with a copy of another's first tokens; None: it cannot be."""
+
     def close(self, stream: Any) -> None:
         """Free its memory; a prefill of it in another thread ends with `kv.UnwantedError`."""
 
@@ -69,16 +72,16 @@ class Streams(Protocol):
 class Scheduler:
     """Takes requests and computes their answers until it is closed.
 
-    kv_tokens: how many tokens there is KV cache for. urgent: entered around each
-    step, so that a prompt that is being read waits for it. probe: tokens to compute when the
-    store could not be read, to see whether it can be again.
+    room: the memory for KV caches. urgent: entered around each step, so that a prompt that is being
+    read waits for it. probe: tokens to compute when the store could not be read, to see whether it
+    can be again.
     """
 
     def __init__(
         self,
         streams: Streams,
         *,
-        kv_tokens: int,
+        room: KvRoom,
         limits: Limits,
         metrics: Metrics,
         probe: Sequence[int],
@@ -87,7 +90,7 @@ class Scheduler:
     ) -> None:
         self._streams, self._limits, self._metrics = streams, limits, metrics
         self._probe_tokens, self._urgent, self._popularity = list(probe), urgent, popularity
-        self._room = KvRoom(streams, kv_tokens)
+        self._room = room
         self._changed = threading.Condition()
         self._waiting: list[Answer] = []
         self._reading: Answer | None = None
@@ -146,7 +149,7 @@ class Scheduler:
             return "ok", None
 
     def load(self) -> dict[str, int]:
-        """Count answers waiting and running, and tokens of KV cache used and there."""
+        """Count answers waiting and running, and bytes of KV cache used and there."""
         with self._changed:
             return {
                 "waiting": len(self._waiting),

@@ -18,6 +18,7 @@ from zipmoe.serve.errors import no_model, refused, too_long
 from zipmoe.serve.metrics import Metrics
 from zipmoe.serve.pieces import Pieces
 from zipmoe.serve.prompts import Prompts
+from zipmoe.serve.room import KvRoom
 from zipmoe.serve.scheduler import Scheduler
 from zipmoe.serve.schemas import ChatRequest, CompletionRequest
 
@@ -36,8 +37,8 @@ _PROBE_TOKENS = 4
 class Service:
     """One model that is served under a name.
 
-    kv_tokens: how many tokens there is KV cache for. It has computed a token when it is made. Close
-    it, or threads stay.
+    loaded: with memory for conversations. It has computed a token when it is made. Close it, or
+    threads stay.
 
     Raises
     ------
@@ -47,9 +48,7 @@ class Service:
         The store cannot be read.
     """
 
-    def __init__(
-        self, loaded: Loaded, streams: Streams, name: str, limits: Limits, *, kv_tokens: int
-    ) -> None:
+    def __init__(self, loaded: Loaded, streams: Streams, name: str, limits: Limits) -> None:
         if loaded.tokenizer is None:
             raise ZipmoeError("the checkpoint has no tokenizer: it cannot be served")
         self.loaded, self.name, self.limits = loaded, name, limits
@@ -68,7 +67,7 @@ class Service:
         self.popularity = Popularity(loaded.runtime.source)
         self.scheduler = Scheduler(
             streams,
-            kv_tokens=kv_tokens,
+            room=KvRoom(streams, loaded.memory.kv, loaded.runtime.stream_bytes),
             limits=limits,
             metrics=self.metrics,
             probe=probe,

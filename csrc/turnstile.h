@@ -3,9 +3,9 @@
 // to give way, where it can; it waits there until nobody is urgent any more, and goes on.
 //
 // Urgent blocks that follow each other closely must not stop ordinary calls: these have, after they
-// have waited, kOwedTimes as long before urgent ones come in again. So what is ordinary takes
-// 1 + 1 / kOwedTimes of its time beside urgent blocks without a pause, and these 1 + kOwedTimes of
-// theirs, and what an ordinary call takes to the next such place.
+// have waited, kOwedTimes as long before urgent ones come in again, less what they took too long
+// the last time to get to such a place. So beside urgent blocks without a pause what is ordinary
+// takes 1 + 1 / kOwedTimes times as long as alone, and those take 1 + kOwedTimes times as long.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -46,8 +46,8 @@ class Turnstile {
  private:
   using Lock = std::unique_lock<std::mutex>;
   using Clock = std::chrono::steady_clock;
-  static constexpr double kOwedTimes = 1.4;
-  void await_turn(Lock& lock);
+  static constexpr double kOwedTimes = 1.3;
+  void await_turn(Lock& lock, Clock::duration late);
 
   std::mutex ordinary_;  // held by the ordinary call that is under way
   std::mutex mutex_;     // guards all that follows
@@ -61,6 +61,7 @@ class Turnstile {
   // Until then ordinary calls have their turns. Read without the lock by the one inside, who set
   // it.
   Clock::time_point owed_until_;
+  Clock::time_point wanted_since_;  // when the last urgent block began
 };
 
 }  // namespace zipmoe

@@ -6,6 +6,7 @@ instead of by a sampler, so that what they route to follows from their topic.
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -18,6 +19,8 @@ from engine import measured
 import zipmoe
 from zipmoe import _core
 from zipmoe._process import peak_rss_bytes
+from zipmoe.recording import RoutingRecording
+from zipmoe.routing import save_trace
 from zipmoe.serve.answer import Answer, Request
 from zipmoe.serve.choose import Choice
 from zipmoe.serve.limits import Limits
@@ -25,6 +28,7 @@ from zipmoe.serve.metrics import Metrics
 from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.room import KvRoom
 from zipmoe.serve.scheduler import Scheduler
+from zipmoe.store import open_store
 from zipmoe.streams import Streams
 
 if TYPE_CHECKING:
@@ -124,14 +128,14 @@ class Served:
         begin, end = steps[0], steps[-1]
         return {
             "seconds": [
-                later["at"] - earlier["at"]
-                for earlier, later in zip(steps, steps[1:], strict=False)
+                later["at"] - earlier["at"] for earlier, later in itertools.pairwise(steps)
             ],
             "counters": {
                 name: end["counters"][name] - count for name, count in begin["counters"].items()
             },
             # Chosen just after the step that began the window.
             "positions": [1 + sum(at < begin["at"] for at in one.times) for _, one in asked],
+            "prompt_tokens": len(prompts[0]),
             "foreign_share": usage.foreign_share,
         }
 
@@ -152,10 +156,8 @@ class Served:
         Gaps between their tokens before it (`alone` of each), and while it is read, in seconds.
         """
         self.warm([long])  # experts are as they are after a prompt
-        begin = time.perf_counter()
         self.warm([long[::-1]])
         prompt_alone = self.passes.prompts[-1]
-        del begin
         with measured() as usage:
             asked = [self._submit(*pair) for pair in zip(prompts, answers, strict=True)]
             most = BEFORE_A_PROMPT + alone
@@ -178,15 +180,30 @@ class Served:
             "foreign_share": usage.foreign_share,
         }
 
+    def record(self, sequences: list[list[int]], path: str) -> None:
+        """Note which experts the tokens of each sequence choose, in a routing trace."""
+        with RoutingRecording(self.loaded.model, self.loaded.runtime.source) as recording:
+            for tokens in sequences:
+                stream = self.live.open()
+                self.live.prefill(stream, tokens)
+                self.live.close(stream)
+            stream = self.live.open()  # a trace has a decode step
+            self.live.prefill(stream, [0])
+            self.live.decode([stream], [0])
+            self.live.close(stream)
+        save_trace(recording.trace(), path)
+
     def facts(self) -> dict[str, Any]:
         runtime = self.loaded.runtime
-        table = runtime.source.layers[0]
+        with open_store(Path(runtime.folder)) as store:
+            table = store.expert_table()[1]
+        first = (table[:, 0] == 0) & (table[:, 1] == 0)
         return {
             "memory": self.loaded.memory.as_dict(),
             "slots": runtime.cache.slots,
+            "record_bytes": int(table[first][:, [EXTENT_0, EXTENT_1]].sum()),
             "policy": runtime.cache.policy,
             "engaged": runtime.engaged(),
-            "experts": table.experts,
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
@@ -228,5 +245,5 @@ class Served:
 
 def gaps_of(times: list[float], begin: float, end: float) -> list[float]:
     """Give the gaps between neighbours that lie between two moments."""
-    pairs = zip(times, times[1:], strict=False)
+    pairs = itertools.pairwise(times)
     return [later - earlier for earlier, later in pairs if begin <= earlier and later <= end]

@@ -44,7 +44,7 @@ class Server:
     def __init__(self, store: Path) -> None:
         words = ["serve", str(store), "--port", "0", "--memory", MEMORY, "--context", str(CONTEXT)]
         self._process = subprocess.Popen(
-            [sys.executable, *_switches(), "-m", "zipmoe", *words],
+            [sys.executable, "-m", "zipmoe", *words],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -80,10 +80,6 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait()
-
-
-def _switches() -> list[str]:
-    return ["-S"] if sys.flags.no_site else []
 
 
 def compare(library: Any, store: Path, times: int) -> dict[str, list[float]]:

@@ -114,9 +114,7 @@ class FakeStreams:
 
 def wanting(prompt, max_tokens=10):
     request = Request("r", prompt, sink=lambda _: None)
-    return SimpleNamespace(
-        request=request, index=0, max_tokens=max_tokens, stream=None, reserved=0
-    )
+    return SimpleNamespace(request=request, index=0, max_tokens=max_tokens, stream=None, reserved=0)
 
 
 def fill(answer, tokens):

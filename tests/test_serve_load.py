@@ -36,7 +36,7 @@ def questions(store):
 
 
 def gauge(url, name):
-    found = re.search(rf"^zipmoe:{name}{{.*}} (\S+)$", httpx.get(f"{url}/metrics").text, re.M)
+    found = re.search(rf"^zipmoe:{name}{{.*}} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
     return float(found[1])
 
 

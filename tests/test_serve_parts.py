@@ -16,11 +16,11 @@ from transformers.utils.chat_parsing import ResponseParser
 from zipmoe import kv
 from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
-from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.documents import ChatWriter
 from zipmoe.serve.limits import Limits
 from zipmoe.serve.machine import Spent, diagnose
 from zipmoe.serve.pieces import StopTexts
+from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.prompts import ToolCalls
 from zipmoe.serve.room import KvRoom
 from zipmoe.serve.scheduler import Scheduler

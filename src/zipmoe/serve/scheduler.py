@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zipmoe.serve.answer import Answer, Request
-    from zipmoe.serve.popularity import Popularity
-    from zipmoe.serve.room import KvRoom
     from zipmoe.serve.limits import Limits
     from zipmoe.serve.metrics import Metrics
+    from zipmoe.serve.popularity import Popularity
+    from zipmoe.serve.room import KvRoom
 
 __all__ = ["Scheduler", "Streams"]
 

@@ -12,11 +12,11 @@ from zipmoe._errors import ZipmoeError
 from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
 from zipmoe.serve.constrain import Constraints
-from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.documents import ChatWriter, TextWriter
 from zipmoe.serve.errors import no_model, refused, too_long
 from zipmoe.serve.metrics import Metrics
 from zipmoe.serve.pieces import Pieces
+from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.prompts import Prompts
 from zipmoe.serve.room import KvRoom
 from zipmoe.serve.scheduler import Scheduler

@@ -49,7 +49,6 @@ LLAMA_SKIPPED, LLAMA_TIMED = 2, 6
 LLAMA_BATCHES = (1, 4, 16)
 ANSWER = 184  # tokens: who begins first goes on while the others' prompts are read
 CONTEXT = SHORT + ANSWER
-FILL = 128  # tokens of prompts that bring experts into memory
 ONE_TOPIC = 3
 LONG, RUNNING, GAPS = 2000, 4, 24
 GAP_CONTEXT = 2304
@@ -145,7 +144,7 @@ class ServeBench(Bench):
         def work(limit: int | None, processes: str, key: dict[str, Any]) -> Iterator[Any]:
             with self.served(limit, max(BATCHES), CONTEXT, processes) as worker:
                 if share is None:
-                    self.fill(worker)
+                    worker.call("fill")
                 while key:
                     found = {"share": share} | self.rates()
                     batch = self.requests.batch(key["kind"], key["batch"])
@@ -153,12 +152,6 @@ class ServeBench(Bench):
                     key = yield found | {"facts": worker.call("facts")}
 
         self.perform_all(todo, share, work)
-
-    def fill(self, worker: Worker) -> None:
-        """Bring all experts into memory."""
-        seeds = range(max(BATCHES))
-        while worker.call("warm", [self.requests.tokens(f"{n}", n, FILL) for n in seeds]):
-            seeds = range(seeds.stop, seeds.stop + max(BATCHES))
 
     def llama(self, number: int) -> None:
         for share in (None, HALF):

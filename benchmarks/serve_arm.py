@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from engine import measured
 
@@ -139,14 +140,21 @@ class Served:
             "foreign_share": usage.foreign_share,
         }
 
-    def warm(self, prompts: list[list[int]]) -> int:
-        """Read prompts one after the other; experts that were not in memory."""
-        before = self.passes.counters()["misses"]
-        for prompt in prompts:
-            asked = self._submit(prompt, prompt[:1])
-            self._until(lambda one=asked: bool(one[1].times))
-            self._end([asked])
-        return self.passes.counters()["misses"] - before
+    def fill(self) -> None:
+        """Bring all experts into memory, as far as there is room."""
+        cache = self.loaded.runtime.cache
+        for number, layer in enumerate(self.loaded.runtime.source.layers):
+            cache.prefetch(number, list(range(layer.experts)))
+            room = np.empty(layer.shapes[0], np.uint16)
+            for expert in range(layer.experts):
+                cache.decode(number, expert, 0, room)
+
+    def read(self, prompt: list[int]) -> float:
+        """Read a prompt; seconds."""
+        asked = self._submit(prompt, prompt[:1])
+        self._until(lambda: bool(asked[1].times))
+        self._end([asked])
+        return self.passes.prompts[-1]
 
     def gaps(
         self, prompts: list[list[int]], answers: list[list[int]], long: list[int], alone: int
@@ -155,9 +163,8 @@ class Served:
 
         Gaps between their tokens before it (`alone` of each), and while it is read, in seconds.
         """
-        self.warm([long])  # experts are as they are after a prompt
-        self.warm([long[::-1]])
-        prompt_alone = self.passes.prompts[-1]
+        self.read(long)  # experts are as they are after a prompt
+        prompt_alone = self.read(long[::-1])
         with measured() as usage:
             asked = [self._submit(*pair) for pair in zip(prompts, answers, strict=True)]
             most = BEFORE_A_PROMPT + alone

@@ -85,23 +85,27 @@ class Crowd:
             with client.stream(
                 "POST", "/v1/chat/completions", json=fields | {"stream": True}
             ) as response:
+                if response.status_code == 429:
+                    return self._wait("queue full")
                 for _, _ in zip(response.iter_lines(), range(draw.randrange(1, 8)), strict=False):
                     pass
             return "left"
         response = client.post("/v1/chat/completions", json=fields)
         if response.status_code == 429:
-            time.sleep(0.05)
-            return "queue full"
+            return self._wait("queue full")
         if response.status_code == 503 and time.monotonic() < self.faults_until:
             error = response.json()["error"]
             assert error["code"] == "store_unreadable", error
             assert "could not be read" in error["message"], error
-            time.sleep(0.05)
-            return "unreadable"
+            return self._wait("unreadable")
         assert response.status_code == 200, response.text
         text = response.json()["choices"][0]["message"]["content"]
         assert text == self.questions.expected[at, length], (at, length, text)
         return "answered"
+
+    def _wait(self, why: str) -> str:
+        time.sleep(0.2)
+        return why
 
     def spoil(self, drive: Any, file: str, seconds: float) -> None:
         """Let every read of a file fail for some time."""

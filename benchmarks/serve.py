@@ -8,7 +8,7 @@ have a topic each, or all the same. Parts, each of a round in a process of its o
     half     a memory cgroup of 50 % of the checkpoint's size: the same
     llama    llama.cpp with as many sequences in a step as its server has slots: both limits
     gaps     a prompt of 2,000 tokens beside 4 running answers: at 50 %, and the demo model
-    ttft     time to first token over HTTP and of the library, the demo model
+    first    time to first token over HTTP and of the library, the demo model
 
 What replacement policies would have read is replayed on the routing of the timed steps.
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-PARTS = ("memory", "half", "llama", "gaps", "ttft")
 BATCHES = (1, 4, 8, 16)
 HALF = 0.5
 SKIPPED, TIMED = 8, 24
@@ -86,13 +85,19 @@ class ServeBench(Bench):
         self.trace = self.files.folder / "serve-routing.npz"
 
     def run(self) -> dict[str, Any]:
-        wanted = self.options.only.split(",") if self.options.only else PARTS
+        parts: dict[str, Callable[[int], None]] = {
+            "memory": lambda number: self.batches("memory", number, None),
+            "half": lambda number: self.batches("half", number, HALF),
+            "llama": self.llama,
+            "gaps": self.gaps,
+            "first": self.first_tokens,
+        }
+        wanted = self.options.only.split(",") if self.options.only else [*parts]
         with ordinary_read_ahead(self.files.folder):
             self.record()
             for number in range(self.options.rounds):
-                for part in PARTS:
-                    if part in wanted and (part != "llama" or find_spec("llama_cpp")):
-                        getattr(self, part)(number)
+                for part in wanted:
+                    parts[part](number)
         return self.document()
 
     def record(self) -> None:
@@ -128,12 +133,6 @@ class ServeBench(Bench):
             threads=2,
         )
 
-    def memory(self, number: int) -> None:
-        self.batches("memory", number, None)
-
-    def half(self, number: int) -> None:
-        self.batches("half", number, HALF)
-
     def batches(self, part: str, number: int, share: float | None) -> None:
         listed = [(kind, size) for kind in ("different", "same") for size in BATCHES]
         todo = [
@@ -154,6 +153,8 @@ class ServeBench(Bench):
         self.perform_all(todo, share, work)
 
     def llama(self, number: int) -> None:
+        if not find_spec("llama_cpp"):
+            return
         for share in (None, HALF):
             todo = [
                 {"part": "llama", "round": number, "arm": "llama.cpp", "kind": "different"}
@@ -195,7 +196,7 @@ class ServeBench(Bench):
 
             self.perform_all([{"part": "gaps", "round": number, "arm": name}], share, work)
 
-    def ttft(self, number: int) -> None:
+    def first_tokens(self, number: int) -> None:
         store = user_cache() / "demo" / "store"
 
         def work(*_: object) -> Iterator[Any]:
@@ -204,7 +205,7 @@ class ServeBench(Bench):
             ) as worker:
                 yield compare(worker, store, FIRST_TOKENS)
 
-        self.perform_all([{"part": "ttft", "round": number, "arm": "zipmoe"}], None, work)
+        self.perform_all([{"part": "first", "round": number, "arm": "zipmoe"}], None, work)
 
     def perform_all(
         self, todo: list[dict[str, Any]], share: float | None, work: Callable[..., Any]

@@ -177,7 +177,7 @@ def gaps(runs: list[Run]) -> Iterator[dict[str, Any]]:
 def first_tokens(runs: list[Run]) -> Iterator[dict[str, Any]]:
     values = [
         (statistics.median(run["api"]) - API_S) / statistics.median(run["library"])
-        for run in of(runs, part="ttft")
+        for run in of(runs, part="first")
     ]
     what = "time to first token over HTTP, less 5 ms, over the library's"
     yield from at_most(what, API_TIMES, values)

@@ -244,6 +244,7 @@ class ServeBench(Bench):
             "routing": self.routing,
             "tokens": {"prompt": SHORT, "skipped": SKIPPED, "timed": TIMED, "long": LONG},
             "summary": summarise(self.runs, self.trace),
+            "rounds": self.rounds,
             "runs": self.runs,
         }
 

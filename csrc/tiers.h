@@ -73,6 +73,7 @@ class Tiers {
 
   // See Residency; of the only pool of a layout that can shrink.
   void set_limit(std::uint32_t num_slots) { planes_.front().set_limit(num_slots); }
+  [[nodiscard]] bool is_full() const { return planes_.front().is_full(); }
   [[nodiscard]] bool is_slot_empty(std::uint32_t slot) const {
     return planes_.front().state(slot) == SlotState::empty;
   }

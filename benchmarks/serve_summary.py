@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-TIMES_SINGLE = {4: 1.6, 8: 2.2, 16: 3.0}  # least, with all experts in memory
+TIMES_SINGLE = {4: 1.6, 8: 2.2, 16: 3.0}  # least, with all experts in memory, by batch
 OF_THE_DRIVE = 0.75  # least part of what the drive gives the best online policy
 OF_LRU = {16: 0.6}  # most bytes read of what LRU reads, by batch
 GAP_MOST = {"demo": 3.0, "8 layers": 4.0}
@@ -143,7 +143,7 @@ def replay(run: Run, recorded: Path) -> dict[str, Any]:
 
 
 def drive_parts(replayed: list[Run]) -> Iterator[dict[str, Any]]:
-    for size in sorted({one["batch"] for one in replayed}):
+    for size in TIMES_SINGLE:
         values = [
             one["tokens_s"] / one["drive_tokens_s"]
             for one in of(replayed, kind="different", batch=size)

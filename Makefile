@@ -58,7 +58,7 @@ bench-serve: $(STAMPS)/build $(STAMPS)/bench ## measure the server under load: b
 	$(RUN) benchmarks/serve.py $(COUNTS:%=--counts %) --out benchmarks/results/serve.json
 	$(RUN) tools/generate_docs.py
 
-soak: $(STAMPS)/build $(STAMPS)/browser $(STAMPS)/ray ## run the full volumes of the acceptance points (15 minutes); report in benchmarks/results
+soak: $(STAMPS)/build $(STAMPS)/browser $(STAMPS)/ray ## run the full volumes of the acceptance points (20 minutes); report in benchmarks/results
 	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report=benchmarks/results/soak.json
 
 docs: $(STAMPS)/build ## write the generated documents again (families.md runs its sweep: minutes)

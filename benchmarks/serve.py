@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import subprocess
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -52,6 +53,7 @@ ONE_TOPIC = 3
 LONG, RUNNING, GAPS = 2000, 4, 24
 GAP_CONTEXT = 2304
 FIRST_TOKENS = 12
+DEMO = user_cache() / "demo" / "store"
 DEMO_MEMORY, DEMO_VOCABULARY = "8GB", 40_000
 
 
@@ -93,6 +95,9 @@ class ServeBench(Bench):
             "first": self.first_tokens,
         }
         wanted = self.options.only.split(",") if self.options.only else [*parts]
+        if not DEMO.exists():
+            command = [sys.executable, "-m", "zipmoe", "demo", "--json"]
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=True)
         with ordinary_read_ahead(self.files.folder):
             self.record()
             for number in range(self.options.rounds):
@@ -172,9 +177,8 @@ class ServeBench(Bench):
                 key = yield worker.call("decode", *batch, LLAMA_SKIPPED, LLAMA_TIMED)
 
     def gaps(self, number: int) -> None:
-        demo = user_cache() / "demo" / "store"
         for name, requests, share, store in (
-            ("demo", Requests(DEMO_VOCABULARY, 1), None, demo),
+            ("demo", Requests(DEMO_VOCABULARY, 1), None, DEMO),
             ("8 layers", self.requests, HALF, self.files.store),
         ):
 
@@ -197,13 +201,9 @@ class ServeBench(Bench):
             self.perform_all([{"part": "gaps", "round": number, "arm": name}], share, work)
 
     def first_tokens(self, number: int) -> None:
-        store = user_cache() / "demo" / "store"
-
         def work(*_: object) -> Iterator[Any]:
-            with Worker(
-                "library", "serve_first_token:Library", PASSIVE, store=str(store)
-            ) as worker:
-                yield compare(worker, store, FIRST_TOKENS)
+            with Worker("library", "serve_first_token:Library", PASSIVE, store=str(DEMO)) as worker:
+                yield compare(worker, DEMO, FIRST_TOKENS)
 
         self.perform_all([{"part": "first", "round": number, "arm": "zipmoe"}], None, work)
 

@@ -42,7 +42,7 @@ float integer_of(float x) {
 }
 
 struct Fit {
-  float error = 0;         // squared, of all weights
+  float error = 0;          // squared, of all weights
   float least_squares = 0;  // the best scale for the same integers
 };
 

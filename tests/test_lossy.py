@@ -18,6 +18,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from families import Answers
+from family_sweep import compare
 from lossy_store import LOSS, mixed, write_lossy
 from serving import serving
 from small_store import write_store
@@ -407,6 +409,16 @@ def test_unpack_writes_what_there_is_only_if_asked_for(
     assert unpack_store(original, tmp_path / "plain", lossy=True).changed_tensors == 0
 
 
+def test_a_lossy_store_is_not_compared_with_stock(lossy: Path) -> None:
+    with pytest.raises(LossyError, match="not the published weights"):
+        compare(Answers({}, {}, {}), lossy)
+
+
+def test_packing_is_never_lossy(original: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'int4' is none of"):
+        zipmoe.pack_checkpoint(original.parent / "checkpoint", tmp_path / "s", codec="int4")
+
+
 def test_a_lossy_store_is_not_made_lossy_again(lossy: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="lossy already"):
         requantize_store(lossy, tmp_path / "s", mixed(lossy))
@@ -426,6 +438,7 @@ WRONG = {
     "a width as text": lambda m: m["lossy"]["bits"][0].__setitem__(0, "8"),
     "a key more": lambda m: m["lossy"].update(more=1),
     "a key less": lambda m: m["lossy"].pop("metric"),
+    "a dense codec": lambda m: m["codec"].update(dense="int8"),
     "another metric": lambda m: m["lossy"].update(metric="taste"),
     "a loss as text": lambda m: m["lossy"].update(reached="0"),
     "no number": lambda m: m["lossy"].update(target=float("nan")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -123,6 +124,31 @@ def test_weights_that_integers_cannot_stand_for_are_refused_by_their_place(
         requantize_store(store, tmp_path / "out2", [[4] * 8])
     with pytest.raises(ValueError, match="3 bits"):
         requantize_store(store, tmp_path / "out2", [[4] * 8, [3] * 8])
+
+
+# A store of the first version that has lossy ones, kept as it was
+
+GOLDEN = Path(__file__).parent / "golden"
+ROWS_OF_INT8 = "6dcc5b99d784758c8e037f58e66060212b60a36ac79c580fa1013d63404c73ae"
+
+
+def test_the_golden_store_is_read_by_both_readers_and_made_again_from_the_lossless_one(
+    tmp_path: Path,
+) -> None:
+    assert verify_store(GOLDEN / "1.1").errors == []
+    _, experts, _ = oracle.read_store(GOLDEN / "1.1")
+    with open_store(GOLDEN / "1.1") as store:
+        for layer, expert, shard, rows in store.expert_records():
+            for row, matrix in zip(rows, store.layers[layer].matrices, strict=True):
+                assert np.array_equal(
+                    store.read_matrix(shard, row), experts[layer, expert, matrix.role]
+                )
+    requantize_store(GOLDEN / "1.0", tmp_path / "again", [[4, 2]], loss=LOSS)
+    name = "experts-00001.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (GOLDEN / "1.1" / name).read_bytes()
+    requantize_store(GOLDEN / "1.0", tmp_path / "rows", [[8, 8]], scale_group=0)
+    found = hashlib.sha256((tmp_path / "rows" / name).read_bytes()).hexdigest()
+    assert found == ROWS_OF_INT8
 
 
 # Interrupted and damaged

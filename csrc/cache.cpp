@@ -264,7 +264,7 @@ void ExpertCache::decode(std::uint64_t layer, std::uint64_t expert, std::uint64_
 CorruptError ExpertCache::located(const CorruptError& error, std::uint64_t layer,
                                   std::uint64_t expert, std::uint64_t matrix) const {
   const ExpertRecord& record = table_.records()[table_.find(layer, expert)];
-  const bool second = error.plane == kExponentPlane;
+  const bool second = error.plane == kExponentPlane || error.plane == kScalesPlane;
   const ExpertMatrix& place = table_.matrices(record)[matrix];
   return corrupt(record, error.reason + " in " + matrix_name(matrix, record.num_matrices),
                  place.extents[second ? 1 : 0].offset);

@@ -163,7 +163,7 @@ CorruptError ExpertCache::corrupt(const ExpertRecord& record, const std::string&
     for (std::size_t i = 0; i < matrix.extents.size(); ++i) {
       const ExtentPlace& extent = matrix.extents[i];
       if (offset >= extent.offset && offset - extent.offset < extent.padded()) {
-        error.plane = plane_name(i);
+        error.plane = plane_name(matrix.spec.codec, i);
       }
     }
   }

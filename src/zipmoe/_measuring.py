@@ -62,6 +62,7 @@ class Measuring:
         self.places: list[Place] = [
             (layer.ordinal, expert) for layer in source.layers for expert in range(layer.experts)
         ]
+        self.passes_done = 0
         self.after_pass: Passed | None = None
 
     @property
@@ -69,10 +70,18 @@ class Measuring:
         """Passes of one measurement."""
         return len(passes(self._calibration.windows)) + len(self._calibration.items)
 
+    @property
+    def estimate_passes(self) -> int:
+        """Passes of an estimate."""
+        return len(passes(self._calibration.windows, importance.PASS_TOKENS))
+
     def quality(self, widths: Mapping[Place, str]) -> Quality:
         """Measure it with these widths."""
         named = [widths.get(place, LOSSLESS) for place in self.places]
-        return Quality(**self._known.get(["quality", named], lambda: self._measure(widths)))
+        end = self.passes_done + self.passes
+        found = self._known.get(["quality", named], lambda: self._measure(widths))
+        self._pass_over(end)
+        return Quality(**found)
 
     def loss(self, widths: Mapping[Place, str]) -> float:
         """Say what these widths lose of the lossless model's quality."""
@@ -80,7 +89,9 @@ class Measuring:
 
     def errors(self, widths: Sequence[str]) -> dict[str, dict[Place, float]]:
         """Estimate what lowering each expert to each of these widths costs (`importance.errors`)."""
+        end = self.passes_done + self.estimate_passes
         found = self._known.get(["errors", list(widths)], lambda: self._errors(widths))
+        self._pass_over(end)
         return {width: dict(zip(self.places, costs, strict=True)) for width, costs in found.items()}
 
     def importance(self, pair: tuple[str, str], method: str) -> dict[Place, float]:
@@ -89,9 +100,20 @@ class Measuring:
             return importance.exhaustive(self.places, pair, lambda w: self.quality(w).nll)
         return importance.estimate(self.errors(pair), pair)
 
+    def _passed(self) -> None:
+        self.passes_done += 1
+        if self.after_pass:
+            self.after_pass()
+
+    def _pass_over(self, end: int) -> None:
+        """Count the passes of what was known already."""
+        self.passes_done = end
+        if self.after_pass:
+            self.after_pass()
+
     def _measure(self, widths: Mapping[Place, str]) -> dict[str, float | None]:
         self.lowered.set_widths(widths)
-        return asdict(measure(self._model, self._calibration, after_pass=self.after_pass))
+        return asdict(measure(self._model, self._calibration, after_pass=self._passed))
 
     def _errors(self, widths: Sequence[str]) -> dict[str, list[float]]:
         self.lowered.set_widths(uniform(self.places, LOSSLESS))
@@ -100,6 +122,6 @@ class Measuring:
             self._calibration.windows,
             self._lower,
             widths,
-            after_pass=self.after_pass,
+            after_pass=self._passed,
         )
         return {width: [costs[place] for place in self.places] for width, costs in found.items()}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Item", "calibration", "read_text"]
 
 WINDOW = 256  # tokens; the first of them are told with little before them
-_SAMPLE = "demo_text.txt"
+_SAMPLE = ("demo_text.txt", "sample_text.txt")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def read_text(path: Path | None) -> str:
         It cannot be read, or is not UTF-8.
     """
     if path is None:
-        return (resources.files(__package__) / _SAMPLE).read_text(encoding="utf-8")
+        texts = (resources.files(__package__) / name for name in _SAMPLE)
+        return "\n\n".join(text.read_text(encoding="utf-8").strip() for text in texts)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from zipmoe._errors import CalibrationError
 from zipmoe._expert_source import ExpertMatrix
 from zipmoe.lowered import LOSSLESS
+from zipmoe.quality import passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ def errors(
     handles = [module.register_forward_hook(collected.hook) for module in _experts(model)]
     embedding = model.get_input_embeddings().register_forward_hook(collected.begin)
     try:
-        for some in windows.split(max(1, PASS_TOKENS // windows.shape[1])):
+        for some in passes(windows, PASS_TOKENS):
             with torch.enable_grad():
                 logits = model(some, use_cache=False).logits[:, :-1]
                 loss = cross_entropy(

@@ -48,9 +48,9 @@ def loss_of(now: Quality, before: Quality, metric: str) -> float:
     return before.accuracy - now.accuracy
 
 
-def passes(windows: Tensor) -> tuple[Tensor, ...]:
-    """Part windows [windows, tokens] into those that run together."""
-    return windows.split(max(1, PASS_TOKENS // windows.shape[1]))
+def passes(windows: Tensor, tokens: int = PASS_TOKENS) -> tuple[Tensor, ...]:
+    """Part windows [windows, tokens] into those that run together, at most so many tokens."""
+    return windows.split(max(1, tokens // windows.shape[1]))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +27,7 @@ from zipmoe.quality import passes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from zipmoe.lowered import Lower, Place
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     Importance = Mapping[Place, float]
     Measure = Callable[[Mapping[Place, str]], float]  # widths → negative log-likelihood
 
-__all__ = ["Importance", "errors", "estimate", "exhaustive"]
+__all__ = ["Importance", "errors", "estimate", "exhaustive", "spearman"]
 
 PASS_TOKENS = 512  # with gradients a pass takes much more memory
 
@@ -211,3 +213,14 @@ def _run(module: Any, expert: int, x: Tensor, weights: tuple[Tensor, Tensor]) ->
     if module.has_bias:
         y = y + module.down_proj_bias[expert]
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation of two rankings; equal values share the mean of their ranks."""
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]

@@ -62,8 +62,8 @@ struct DotKernels {
   std::size_t (*coded4)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
                         const Columns& x, const Sums& sums);
   // A whole block of integer codes times 1 to kCodedColumns columns. With scales a group of 64
-  // weights is summed from 0 in the order above, and scale * sum is added to the sum of the output,
-  // a rounding each; without, the integers are summed as weights are.
+  // weights is summed from 0 in the order above, and scale * sum is added to the sum of the output
+  // with a single rounding; without, the integers are summed as weights are.
   MultiplyIntegers int8, int4, int2;
   // Four rows of plain weights, `stride` elements apart, times 1 to kPanelColumns columns.
   void (*panel)(const std::uint16_t* rows, std::ptrdiff_t stride, std::uint32_t width,

@@ -74,7 +74,7 @@ void integer_row(const IntegerBlock& panel, unsigned row, std::uint32_t width, c
         const std::uint16_t* values = x.data + c * x.stride + k + 16 * half;
         const __m256 part = kScaled ? _mm256_setzero_ps() : sums[c];
         const __m256 sum = add(add(part, weights[0], Halves(values)), weights[1], Halves(values + 32));
-        sums[c] = kScaled ? _mm256_add_ps(sums[c], _mm256_mul_ps(scale, sum)) : sum;
+        sums[c] = kScaled ? _mm256_fmadd_ps(scale, sum, sums[c]) : sum;
       }
     }
 #pragma GCC unroll 4

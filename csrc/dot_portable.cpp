@@ -26,7 +26,7 @@ void group_column(const std::int8_t (&integers)[kChunkColumns], const u16* scale
       for (std::size_t i = 0; i < kSums; ++i)
         part[i] += static_cast<float>(integers[k + 2 * i + odd]) * from_bf16(x[k + 2 * i + odd]);
   for (std::size_t i = 0; i < kSums; ++i)
-    sums[i] = scale == nullptr ? part[i] : sums[i] + from_bf16(*scale) * part[i];
+    sums[i] = scale == nullptr ? part[i] : __builtin_fmaf(from_bf16(*scale), part[i], sums[i]);
 }
 
 template <unsigned kBits>

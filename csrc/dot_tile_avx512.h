@@ -47,7 +47,7 @@ class Tile {
       for (unsigned r = 0; r < kRows; ++r) {
         const __m512 sum =
             Multiply::add(Multiply::add(_mm512_setzero_ps(), first[r], low), second[r], high);
-        at_[r][c] = _mm512_add_ps(at_[r][c], _mm512_mul_ps(scales[r], sum));
+        at_[r][c] = _mm512_fmadd_ps(scales[r], sum, at_[r][c]);
       }
     }
   }

@@ -344,7 +344,7 @@ def read_manifest(folder: Path):
     assert tail == f',\n "xxh3": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
     manifest = json.loads(data)
     assert manifest["format"] == "zipmoe"
-    assert manifest["format_version"] == "1.0"
+    assert manifest["format_version"] == ("1.1" if "lossy" in manifest else "1.0")
     return manifest
 
 
@@ -377,6 +377,9 @@ def read_store(folder: Path):
                 module = manifest["layers"][entry["layer"]]["module"]
                 assert name == f"{module}.{entry['expert']}"
                 experts[entry["layer"], entry["expert"], ROLES[entry["role"]]] = matrix
+                bits = BITS.get(CODECS[entry["codec"]], 16)
+                said = manifest["lossy"]["bits"] if "lossy" in manifest else None
+                assert bits == (said[entry["layer"]][entry["expert"]] if said else 16)
     return manifest, experts, dense
 
 

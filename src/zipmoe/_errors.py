@@ -6,7 +6,9 @@ ZipmoeError
 ├─ StoreError             the packed folder
 │  ├─ FormatError             not a store, unknown version or codec, unfinished pack
 │  ├─ CorruptError            checksum, length or padding wrong; says file, layer, expert, offset
-│  └─ MismatchError           parts of different stores, or made from another checkpoint
+│  ├─ MismatchError           parts of different stores, or made from another checkpoint
+│  └─ LossyError              what only a lossless store has is asked of a lossy one
+├─ QuantizationError      weights that integers cannot stand for: infinite, NaN, or not BF16
 ├─ BudgetError            memory below the floor; says the floor and what fills it
 ├─ SpaceError             not enough disk
 ├─ TraceError             a routing trace that is none, or holds too little
@@ -25,7 +27,9 @@ __all__ = [
     "CorruptError",
     "FetchError",
     "FormatError",
+    "LossyError",
     "MismatchError",
+    "QuantizationError",
     "SpaceError",
     "StoreError",
     "TraceError",
@@ -88,6 +92,14 @@ class CorruptError(StoreError):
 
 class MismatchError(StoreError):
     """Parts that do not belong together: another store's shard, or another checkpoint's pack."""
+
+
+class LossyError(StoreError):
+    """The store is lossy: the published weights are not in it, and cannot be restored from it."""
+
+
+class QuantizationError(ZipmoeError):
+    """A weight that no integer stands for: an infinity, NaN, or of another dtype than BF16."""
 
 
 class BudgetError(ZipmoeError):

@@ -3,64 +3,90 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 
 #include "scalar.h"
 
 namespace zipmoe {
 namespace {
 
-// Sums of a group go to so many partial sums, whatever the compiler makes of them.
-constexpr std::size_t kParts = 8;
-using Parts = std::array<float, kParts>;
+// A group's weights go to eight partial sums on every machine, in two vectors that each of them
+// has: of wider ones the compiler makes single floats where there are none.
+constexpr std::size_t kLanes = 4, kParts = 2;
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Parts = std::array<Lanes, kParts>;
 
 float total(const Parts& parts) {
-  return ((parts[0] + parts[4]) + (parts[2] + parts[6])) +
-         ((parts[1] + parts[5]) + (parts[3] + parts[7]));
+  const Lanes sums = parts[0] + parts[1];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 constexpr float largest(unsigned bits) { return bits == 8 ? 127.0F : bits == 4 ? 15.0F : 3.0F; }
 
-// To nearest, ties to even; |x| < 2^22.
-float nearest(float x) {
+// What follows is for a float and for lanes of them; results go through references, as how vectors
+// are passed depends on the machine. To nearest, ties to even; |x| < 2^22.
+template <class Floats>
+[[gnu::always_inline]] inline void round(Floats& x) {
   constexpr float kRound = 12582912.0F;  // 1.5 * 2^23
-  return (x + kRound) - kRound;
+  x = (x + kRound) - kRound;
 }
 
-float bounded(float x, float most) {
-  const float below = x > most ? most : x;
-  return below < -most ? -most : below;
+template <class Floats>
+[[gnu::always_inline]] inline void bound(Floats& x, float most) {
+  const Floats high = Floats{} + most, low = Floats{} - most;
+  x = x > high ? high : x;
+  x = x < low ? low : x;
 }
 
 // Odd integers lie between the even ones: the nearest to x is one above twice the floor of x / 2.
-template <unsigned kBits>
-float integer_of(float x) {
-  const float inside = bounded(x, largest(kBits));
-  if constexpr (kBits == 8) return nearest(inside);
-  const float half = 0.5F * inside;
-  const float rounded = nearest(half);
-  return bounded(2.0F * (rounded > half ? rounded - 1.0F : rounded) + 1.0F, largest(kBits));
+template <unsigned kBits, class Floats>
+[[gnu::always_inline]] inline void to_integer(Floats& x) {
+  bound(x, largest(kBits));
+  if constexpr (kBits == 8) {
+    round(x);
+  } else {
+    const Floats half = 0.5F * x;
+    Floats rounded = half;
+    round(rounded);
+    x = 2.0F * (rounded > half ? rounded - 1.0F : rounded) + 1.0F;
+    bound(x, largest(kBits));
+  }
 }
 
 struct Fit {
-  float error = 0;         // squared, of all weights
+  float error = 0;          // squared, of all weights
   float least_squares = 0;  // the best scale for the same integers
 };
 
 template <unsigned kBits>
 Fit fit(std::span<const float> weights, float scale) {
   Parts errors{}, products{}, squares{};
-  std::size_t i = 0;
-  const auto add = [&](std::size_t part) {
-    const float weight = weights[i + part];
-    const float q = integer_of<kBits>(weight / scale);
-    const float missed = weight - q * scale;
+  const auto add = [&](std::size_t part, const Lanes& w, const Lanes& q) {
+    const Lanes missed = w - q * scale;
     errors[part] += missed * missed;
-    products[part] += weight * q;
+    products[part] += w * q;
     squares[part] += q * q;
   };
-  for (; i + kParts <= weights.size(); i += kParts)
-    for (std::size_t part = 0; part < kParts; ++part) add(part);
-  for (std::size_t part = 0; i + part < weights.size(); ++part) add(part);
+  std::size_t i = 0;
+  for (; i + kParts * kLanes <= weights.size(); i += kParts * kLanes) {
+    for (std::size_t part = 0; part < kParts; ++part) {
+      Lanes w;
+      std::memcpy(&w, weights.data() + i + part * kLanes, sizeof w);
+      Lanes q = w / scale;
+      to_integer<kBits>(q);
+      add(part, w, q);
+    }
+  }
+  for (std::size_t part = 0; i < weights.size(); ++part) {  // lanes of nothing add nothing
+    Lanes w{}, q{};
+    for (std::size_t lane = 0; lane < kLanes && i < weights.size(); ++lane, ++i) {
+      w[lane] = weights[i];
+      float integer = weights[i] / scale;
+      to_integer<kBits>(integer);
+      q[lane] = integer;
+    }
+    add(part, w, q);
+  }
   return {total(errors), total(products) / total(squares)};
 }
 
@@ -97,8 +123,11 @@ std::uint16_t search(std::span<const float> weights, float most) {
 
 template <unsigned kBits>
 void integers(std::span<const float> weights, float scale, std::int8_t* out) {
-  for (std::size_t i = 0; i < weights.size(); ++i)
-    out[i] = static_cast<std::int8_t>(integer_of<kBits>(weights[i] / scale));
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    float q = weights[i] / scale;
+    to_integer<kBits>(q);
+    out[i] = static_cast<std::int8_t>(q);
+  }
 }
 
 }  // namespace

@@ -8,15 +8,16 @@ import pytest
 import torch
 from zipmoe.importance import spearman
 from small_store import write_store
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zipmoe import importance
 from zipmoe._errors import CalibrationError
 from zipmoe._losses import KnownFacts
 from zipmoe._measuring import Measuring, loaded_to_measure
-from zipmoe.calibration import calibration, read_text
+from zipmoe.calibration import Item, calibration, read_text
 from zipmoe.lowered import LOSSLESS, LoweredExperts
 from zipmoe.quality import Quality, loss_of, measure, token_losses
-from zipmoe.rounding import rounding
+from zipmoe.rounding import Rounding
 from zipmoe.widths import uniform
 
 WINDOW = 64
@@ -48,13 +49,12 @@ def test_without_lowering_the_loss_is_that_of_the_stock_model(folder, measuring)
     assert measuring.loss(uniform(measuring.places, LOSSLESS)) == 0
 
 
-@pytest.mark.parametrize("keep", [0, 100_000, 10**9])
+@pytest.mark.parametrize("keep", [0, 10_000, 10**9])
 def test_what_is_decoded_is_what_the_codec_gives_back(measuring, keep):
     source = measuring.lowered
-    lower = rounding(64)
-    layers = measuring._model.zipmoe.source.layers
-    lowered = LoweredExperts(source._cache, layers, lower, keep_bytes=keep)
-    shapes = layers[0].shapes
+    rounding = Rounding(64)
+    lowered = LoweredExperts(source._cache, rounding, keep_bytes=keep)
+    shapes = measuring._model.zipmoe.source.layers[0].shapes
     for widths in ({}, {(0, 1): "int4"}, {(0, 1): "int2", (0, 2): "int8"}, {(0, 2): "int8"}):
         lowered.set_widths(widths)
         for _ in range(2):
@@ -69,13 +69,20 @@ def test_what_is_decoded_is_what_the_codec_gives_back(measuring, keep):
                         source._cache.decode(0, expert, number, spare)
                     weights = torch.from_numpy(plain).view(torch.bfloat16)
                     width = widths.get((0, expert))
-                    expected = weights if width is None else lower(weights, width)
+                    expected = weights
+                    if width is not None:
+                        expected = rounding.decode(rounding.encode(weights, width))
                     assert np.array_equal(found, expected.view(torch.uint16).numpy())
 
 
-def test_fewer_bits_lose_more(measuring):
-    losses = [measuring.loss(uniform(measuring.places, w)) for w in ("int8", "int4", "int2")]
-    assert abs(losses[0]) < abs(losses[1]) < losses[2]
+def test_fewer_bits_change_more(measuring):
+    windows = measuring._calibration.windows
+    plain = token_losses(measuring._model, windows)
+    changes = []
+    for width in ("int8", "int4", "int2"):
+        measuring.lowered.set_widths(uniform(measuring.places, width))
+        changes.append((token_losses(measuring._model, windows) - plain).square().mean().item())
+    assert 0 < changes[0] < changes[1] < changes[2]
 
 
 def test_gradients_through_lowered_experts_are_those_of_the_stock_model(folder, measuring):
@@ -92,10 +99,7 @@ def test_gradients_through_lowered_experts_are_those_of_the_stock_model(folder, 
     for name, one in (("stock", stock(folder)), ("ours", model)):
         handle = one.get_input_embeddings().register_forward_hook(keep(name))
         if name == "ours":
-            measuring._lower = lambda weights, width: weights
-            from zipmoe import importance
-
-            collected = importance._Collected(measuring._lower, ["int4"])
+            collected = importance._Collected(measuring.lowered, ["int4"])
             hooks = [m.register_forward_hook(collected.hook) for m in importance._experts(one)]
         one(windows, labels=windows).loss.backward()
         handle.remove()
@@ -103,7 +107,7 @@ def test_gradients_through_lowered_experts_are_those_of_the_stock_model(folder, 
         hook.remove()
     ours, expected = (seen[name].grad.float() for name in ("ours", "stock"))
     assert (ours - expected).norm() < 0.05 * expected.norm()
-    assert set(collected.sums["int4"].values()) == {0.0}  # nothing was lowered
+    assert min(collected.sums["int4"].values()) > 0
 
 
 def test_the_estimate_ranks_experts_as_measuring_each_of_them_does(measuring):
@@ -127,9 +131,7 @@ def test_what_was_measured_is_not_measured_again(measuring, monkeypatch):
 
 
 def test_accuracy_is_the_share_of_answers_that_greedy_decoding_gives(measuring):
-    model, tokenizer = measuring._model, None
-    from transformers import AutoTokenizer
-
+    model = measuring._model
     tokenizer = AutoTokenizer.from_pretrained(model.zipmoe.folder)
     prompts = ["one", "two and a half", "three"]
     tasks = []
@@ -138,8 +140,6 @@ def test_accuracy_is_the_share_of_answers_that_greedy_decoding_gives(measuring):
         out = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
         answer = out[0, ids.shape[1] :].tolist()
         tasks.append((ids[0].tolist(), answer if number else [answer[0], 5, 5]))
-    from zipmoe.calibration import Item
-
     measured_on = calibration(tokenizer, "some text", window=WINDOW)
     items = tuple(Item(tuple(prompt), tuple(answer)) for prompt, answer in tasks)
     object.__setattr__(measured_on, "items", items)
@@ -153,8 +153,6 @@ def test_losses_are_relative_for_perplexity_and_points_for_accuracy():
 
 
 def test_a_text_is_cut_into_windows_and_hashed(measuring):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(measuring._model.zipmoe.folder)
     text = "abcdefghij" * 10
     found = calibration(tokenizer, text, window=32)
@@ -178,8 +176,6 @@ def test_a_text_is_cut_into_windows_and_hashed(measuring):
     ],
 )
 def test_what_nothing_can_be_measured_on_is_refused(measuring, text, task, why):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(measuring._model.zipmoe.folder)
     with pytest.raises(CalibrationError, match=why):
         calibration(tokenizer, text, task)

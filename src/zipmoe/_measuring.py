@@ -13,8 +13,7 @@ from zipmoe import importance
 from zipmoe.lowered import LOSSLESS, LoweredExperts
 from zipmoe.model import load
 from zipmoe.quality import PASS_TOKENS, Quality, loss_of, measure, passes
-from zipmoe.rounding import rounding
-from zipmoe.widths import uniform
+from zipmoe.rounding import Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,12 +51,12 @@ class Measuring:
         threads: int = 1,
     ) -> None:
         self._model, self._calibration, self._metric = loaded.model, calibration, metric
-        self._known, self._scale_group = known, scale_group
-        self._lower = rounding(scale_group, threads=threads)
+        self._known = known
         source, report = loaded.runtime.source, loaded.memory
         # What is left where all experts fit; half of it, for gradients take some too.
         spare = max(0, report.promised - report.total) // 2
-        self.lowered = LoweredExperts(source.cache, source.layers, self._lower, keep_bytes=spare)
+        rounding = Rounding(scale_group, threads)
+        self.lowered = LoweredExperts(source.cache, rounding, keep_bytes=spare)
         source.cache = self.lowered
         self.places: list[Place] = [
             (layer.ordinal, expert) for layer in source.layers for expert in range(layer.experts)
@@ -97,7 +96,7 @@ class Measuring:
     def importance(self, pair: tuple[str, str], method: str) -> dict[Place, float]:
         """Find how much each expert matters between the two widths of a pair."""
         if method == "exhaustive":
-            return importance.exhaustive(self.places, pair, lambda w: self.quality(w).nll)
+            return importance.exhaustive(self.places, lambda widths: self.quality(widths).nll)
         return importance.estimate(self.errors(pair), pair)
 
     def _passed(self) -> None:
@@ -116,11 +115,10 @@ class Measuring:
         return asdict(measure(self._model, self._calibration, after_pass=self._passed))
 
     def _errors(self, widths: Sequence[str]) -> dict[str, list[float]]:
-        self.lowered.set_widths(uniform(self.places, LOSSLESS))
         found = importance.errors(
             self._model,
             self._calibration.windows,
-            self._lower,
+            self.lowered,
             widths,
             after_pass=self._passed,
         )

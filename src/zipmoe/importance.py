@@ -1,7 +1,7 @@
 """How much quality each expert costs when it is lowered: measured one by one, or estimated.
 
-*Exhaustive*, as EdgeMoE (arXiv 2308.14352) does it: one expert at a time in the lower width, all
-others in the higher one, and the loss is measured. As many passes over the text as experts.
+*Exhaustive*, as EdgeMoE (arXiv 2308.14352) does it: one expert at a time in INT2, all others in
+INT4, and the loss is measured. The text is run through once for each expert.
 
 *Estimate*: one pass over the text with gradients. Lowering expert e adds to the residual stream,
 for each token t that chose it, an error d(t): the difference of its outputs times the token's
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from zipmoe.lowered import Lower, Place
+    from zipmoe.lowered import LoweredExperts, Place
 
     Importance = Mapping[Place, float]
     Measure = Callable[[Mapping[Place, str]], float]  # widths → negative log-likelihood
@@ -40,16 +40,13 @@ __all__ = ["Importance", "errors", "estimate", "exhaustive", "spearman"]
 PASS_TOKENS = 512  # with gradients a pass takes much more memory
 
 
-def exhaustive(
-    places: Sequence[Place],
-    pair: tuple[str, str],
-    measure: Measure,
-) -> dict[Place, float]:
-    """Measure the loss that each of `places` causes alone in the lower width of `pair`.
+def exhaustive(places: Sequence[Place], measure: Measure) -> dict[Place, float]:
+    """Measure the loss that each of `places` causes alone in INT2, all others being in INT4.
 
-    All others are in the higher one.
+    So the paper has it, whatever widths are chosen between later: what one expert of many loses in
+    INT4 is less than the rounding of sums.
     """
-    low, high = pair
+    low, high = "int2", "int4"
     all_high = dict.fromkeys(places, high)
     before = measure(all_high)
     return {place: measure(all_high | {place: low}) - before for place in places}
@@ -66,7 +63,7 @@ def estimate(
 def errors(
     model: Any,
     windows: Tensor,
-    lower: Lower,
+    lowered: LoweredExperts,
     widths: Sequence[str],
     *,
     after_pass: Callable[[], object] | None = None,
@@ -75,7 +72,8 @@ def errors(
 
     Parameters
     ----------
-    model : loaded with compute="torch", whose experts are lossless.
+    model : loaded with compute="torch".
+    lowered : what its experts come from. They are lossless afterwards.
     windows : [windows, tokens].
 
     Returns
@@ -89,7 +87,7 @@ def errors(
     CalibrationError
         The model's experts do not run through transformers' experts interface.
     """
-    collected = _Collected(lower, [width for width in widths if width != LOSSLESS])
+    collected = _Collected(lowered, [width for width in widths if width != LOSSLESS])
     handles = [module.register_forward_hook(collected.hook) for module in _experts(model)]
     embedding = model.get_input_embeddings().register_forward_hook(collected.begin)
     try:
@@ -105,8 +103,7 @@ def errors(
     finally:
         for handle in (*handles, embedding):
             handle.remove()
-    found = collected.sums
-    return found | {width: dict.fromkeys(collected.places, 0.0) for width in (LOSSLESS,)}
+    return collected.sums | {LOSSLESS: dict.fromkeys(collected.places, 0.0)}
 
 
 def _experts(model: nn.Module) -> Iterator[nn.Module]:
@@ -123,8 +120,9 @@ def _experts(model: nn.Module) -> Iterator[nn.Module]:
 class _Collected:
     """Sums of what is seen in backward passes."""
 
-    def __init__(self, lower: Lower, widths: Sequence[str]) -> None:
-        self._lower = lower
+    def __init__(self, lowered: LoweredExperts, widths: Sequence[str]) -> None:
+        self._lowered = lowered
+        lowered.set_widths({})
         self.sums: dict[str, dict[Place, float]] = {width: {} for width in widths}
         self.places: list[Place] = []
         self.embedded: Tensor = torch.empty(0)
@@ -138,21 +136,22 @@ class _Collected:
         """Put the gradients that an experts module has not in the place of its refusal."""
         hidden, index, weights = args
         layer = module.down_proj.layer
-        for place in ((layer.ordinal, expert) for expert in range(layer.experts)):
-            if place not in self.sums[next(iter(self.sums))]:
-                self.places.append(place)
-                for sums in self.sums.values():
-                    sums[place] = 0.0
+        if (layer.ordinal, 0) not in self.places:
+            added = [(layer.ordinal, expert) for expert in range(layer.experts)]
+            self.places += added
+            for sums in self.sums.values():
+                sums.update(dict.fromkeys(added, 0.0))
         return _Experts.apply(hidden, weights, index, out.detach(), (module, self))  # type: ignore[no-untyped-call,no-any-return]
 
     def see(self, module: Any, expert: int, x: Tensor, y: Tensor, scaled: Tensor) -> None:
         """Take an expert's inputs and outputs [tokens, hidden], and the gradients of the latter."""
-        matrices = _weights(module, expert)
+        place = module.down_proj.layer.ordinal, expert
         for width, sums in self.sums.items():
-            lowered = tuple(self._lower(matrix, width) for matrix in matrices)
-            difference = _run(module, expert, x, lowered).float() - y.float()
+            self._lowered.set_widths({place: width})
+            difference = _run(module, expert, x, _weights(module, expert)).float() - y.float()
             product = (difference * scaled.float()).sum(dim=-1)
-            sums[module.down_proj.layer.ordinal, expert] += float(product.square().sum())
+            sums[place] += float(product.square().sum())
+        self._lowered.set_widths({})
 
 
 class _Experts(torch.autograd.Function):

@@ -1,4 +1,5 @@
-// The products for AVX-512, with and without vdpbf16ps. Internal linkage: each file that includes it has its own flags.
+// The products for AVX-512, with and without vdpbf16ps. Internal linkage: each file that includes
+// it has its own flags.
 #pragma once
 #include "dot_integers_avx512.h"
 #include "dot_pointwise.h"

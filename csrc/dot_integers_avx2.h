@@ -31,8 +31,7 @@ template <unsigned kBits>
       const __m256i zero = _mm256_setzero_si256();
       const __m256i high =
           step == 0 ? _mm256_unpacklo_epi8(zero, words) : _mm256_unpackhi_epi8(zero, words);
-      out[step].even =
-          _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(high, 16), 24));
+      out[step].even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(high, 16), 24));
       out[step].odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(high, 24));
     } else {
       // The code goes to the top and comes down with its sign to twice its value; what comes with
@@ -47,7 +46,8 @@ template <unsigned kBits>
   }
 }
 
-[[gnu::always_inline]] inline __m256 add(__m256 sums, const Integers& weights, const Halves& values) {
+[[gnu::always_inline]] inline __m256 add(__m256 sums, const Integers& weights,
+                                         const Halves& values) {
   return _mm256_fmadd_ps(weights.odd, values.odd, _mm256_fmadd_ps(weights.even, values.even, sums));
 }
 
@@ -73,7 +73,8 @@ void integer_row(const IntegerBlock& panel, unsigned row, std::uint32_t width, c
       for (unsigned c = 0; c < kColumns; ++c) {
         const std::uint16_t* values = x.data + c * x.stride + k + 16 * half;
         const __m256 part = kScaled ? _mm256_setzero_ps() : sums[c];
-        const __m256 sum = add(add(part, weights[0], Halves(values)), weights[1], Halves(values + 32));
+        const __m256 sum =
+            add(add(part, weights[0], Halves(values)), weights[1], Halves(values + 32));
         sums[c] = kScaled ? _mm256_fmadd_ps(scale, sum, sums[c]) : sum;
       }
     }

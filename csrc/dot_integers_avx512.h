@@ -9,8 +9,8 @@ namespace {
 
 // The BF16 word of an integer of at most eight bits: exact.
 constexpr std::uint16_t word_of(int integer) {
-  return static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, static_cast<float>(integer)) >>
-                                    16);
+  return static_cast<std::uint16_t>(
+      __builtin_bit_cast(std::uint32_t, static_cast<float>(integer)) >> 16);
 }
 
 // Words of a chunk: of each of four rows the first 32 weights and the others.

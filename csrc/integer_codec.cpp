@@ -81,8 +81,8 @@ class IntegerEncoder {
     for (unsigned w = 0; w < count; ++w) {
       const int code = kBits == 8 ? integers[w] : (integers[w] - 1) / 2;
       const CodePlace place = code_place<kBits>(row, w);
-      chunk[place.byte] |= static_cast<std::uint8_t>((static_cast<unsigned>(code) & kMask)
-                                                     << place.shift);
+      chunk[place.byte] |=
+          static_cast<std::uint8_t>((static_cast<unsigned>(code) & kMask) << place.shift);
     }
   }
 
@@ -117,8 +117,7 @@ void decode_block(const IntegerBlock& block, const std::uint16_t* row_scales,
         read_integers<kBits>(chunk, r, integers);
         const float scale =
             from_bf16(block.scales == nullptr ? row_scales[row + r] : block.scales[group]);
-        std::uint16_t* out = target.out +
-                             static_cast<std::ptrdiff_t>(row + r) * target.stride +
+        std::uint16_t* out = target.out + static_cast<std::ptrdiff_t>(row + r) * target.stride +
                              static_cast<std::ptrdiff_t>(column);
         for (unsigned w = 0; w < kGroupWeights; ++w)
           out[w] = to_bf16(static_cast<float>(integers[w]) * scale);
@@ -133,9 +132,9 @@ void check_scales(std::span<const std::uint8_t> scales) {
     std::uint16_t scale;
     std::memcpy(&scale, scales.data() + at, sizeof scale);
     if (scale >= kInfinity)
-      throw CorruptError("scale " + std::to_string(at / sizeof scale) +
-                             " is negative or not finite",
-                         kScalesPlane);
+      throw CorruptError(
+          "scale " + std::to_string(at / sizeof scale) + " is negative or not finite",
+          kScalesPlane);
   }
 }
 

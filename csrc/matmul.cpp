@@ -185,8 +185,8 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
   }
 }
 
-// A few columns at a time, all rows of the strip: the columns stay in the first cache, and so do the
-// codes as long as they are few.
+// A few columns at a time, all rows of the strip: the columns stay in the first cache, and so do
+// the codes as long as they are few.
 void Multiplier::integers(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
@@ -197,8 +197,7 @@ void Multiplier::integers(const Strip& strip, const Columns& x) {
   Sums sums = strip.sums;
   for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
     for (std::uint32_t c = 0; c < x.count; c += kCodedColumns) {
-      const Columns few =
-          part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
+      const Columns few = part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
       for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
         const std::uint64_t group = row / grid.row_group();
         multiply(matrix.block(group, tile), static_cast<std::uint32_t>(grid.height(group)),
@@ -210,8 +209,7 @@ void Multiplier::integers(const Strip& strip, const Columns& x) {
 
 void Multiplier::scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,
                             float* y) {
-  for (std::uint64_t row = 0; row < count; ++row)
-    y[row] *= from_bf16(matrix.scales()[begin + row]);
+  for (std::uint64_t row = 0; row < count; ++row) y[row] *= from_bf16(matrix.scales()[begin + row]);
 }
 
 // Decode a block; its padding columns become 0.

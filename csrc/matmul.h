@@ -40,8 +40,8 @@ class PackedMatrix {
   }
   MatrixSpec spec_;
   Extents extents_;
-  std::optional<Grid> grid_;            // none for raw
-  std::optional<RankExtent> codes_;     // of a rank codec, where there are weights
+  std::optional<Grid> grid_;             // none for raw
+  std::optional<RankExtent> codes_;      // of a rank codec, where there are weights
   std::optional<IntegerLayout> layout_;  // of an integer codec
 };
 

@@ -167,9 +167,7 @@ def _check_fields(entries: NDArray[Any], verdict: _Verdict, file: str) -> None:
     _check_lengths(entries, weights, verdict)
 
 
-def _check_lengths(
-    entries: NDArray[Any], weights: NDArray[np.uint64], verdict: _Verdict
-) -> None:
+def _check_lengths(entries: NDArray[Any], weights: NDArray[np.uint64], verdict: _Verdict) -> None:
     raw, integer = entries["codec"] == 0, IS_INTEGER[entries["codec"]]
     verdict.need(~integer | (entries["layer"] != NOBODY), "only experts can be stored as integers")
     padded = _padded_weights(entries)

@@ -6,7 +6,10 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["LOSSLESS_BITS", "Loss", "Lossy"]
 
@@ -48,7 +51,7 @@ class Lossy:
 
     bits: tuple[tuple[int, ...], ...]  # by layer, by expert
     scale_group: int
-    loss: Loss = Loss()  # noqa: RUF009 - it is frozen
+    loss: Loss = Loss()
 
     def __post_init__(self) -> None:
         found = {bits for layer in self.bits for bits in layer}
@@ -60,9 +63,12 @@ class Lossy:
             raise ValueError("a scale is for 64 weights, or for a row (0)")
 
     def counts(self) -> dict[str, int]:
-        """Say how many experts have each width, "int8" to "lossless", widest first."""
-        found = Counter(bits for layer in self.bits for bits in layer)
-        return {_name(bits): found[bits] for bits in (LOSSLESS_BITS, *WIDTHS) if found[bits]}
+        """Say how many experts have each width, "lossless" or "int8" to "int2", widest first."""
+        return _counts([bits for layer in self.bits for bits in layer])
+
+    def counts_by_layer(self) -> list[dict[str, int]]:
+        """Say the same of each layer."""
+        return [_counts(layer) for layer in self.bits]
 
     def codec(self) -> str:
         """Name the integer codec that most experts have."""
@@ -101,6 +107,11 @@ class Lossy:
             raise TypeError("`lossy.bits` and `lossy.scale_group` are not whole numbers")
         loss = Loss(**{key: content[key] for key in asdict(Loss())})
         return Lossy(tuple(tuple(layer) for layer in bits), content["scale_group"], loss)
+
+
+def _counts(bits: Sequence[int]) -> dict[str, int]:
+    found = Counter(bits)
+    return {_name(width): found[width] for width in (LOSSLESS_BITS, *WIDTHS) if found[width]}
 
 
 def _name(bits: int) -> str:

@@ -202,25 +202,22 @@ class _Requantizer:
         bits = self._lossy.bits[record.layer][record.expert]
         if bits == LOSSLESS_BITS:
             return [_kept(shard, row) for row in rows]
-        return [
-            self._quantised(record, number, bits, shard, row, threads)
-            for number, row in enumerate(rows)
-        ]
+        coded = []
+        for row, plan in zip(rows, record.matrices, strict=True):
+            try:
+                coded.append(self._quantised(f"int{bits}", shard, row, threads))
+            except ValueError as error:
+                where = f"{plan.role} of layer {record.layer}, expert {record.expert}"
+                raise QuantizationError(f"{record.name}: {where}: {error}") from error
+        return coded
 
-    def _quantised(  # noqa: PLR0917 - one call
-        self, record: RecordPlan, number: int, bits: int, shard: OpenShard, row: int, threads: int
-    ) -> CodedMatrix:
-        plan = record.matrices[number]
-        where = f"{record.name} ({plan.role}: layer {record.layer}, expert {record.expert})"
-        if plan.dtype != "BF16":
-            raise QuantizationError(f"{where} is {plan.dtype}: only BF16 weights become integers")
+    def _quantised(self, codec: str, shard: OpenShard, row: int, threads: int) -> CodedMatrix:
+        dtype = DTYPE_NAMES[int(shard.entries[row]["dtype"])]
+        if dtype != "BF16":
+            raise ValueError(f"{dtype} weights do not become integers, only BF16")
         weights = self._store.read_matrix(shard, row, threads=threads)
-        try:
-            coded = _core.encode(
-                f"int{bits}", weights, threads=threads, scale_group=self._lossy.scale_group
-            )
-        except ValueError as error:
-            raise QuantizationError(f"{where}: {error}") from error
+        group = self._lossy.scale_group
+        coded = _core.encode(codec, weights, threads=threads, scale_group=group)
         return CodedMatrix.of(coded.codec, (coded.row_group, coded.k_tile), coded.extents)
 
 
@@ -238,9 +235,9 @@ def _kept(shard: OpenShard, row: int) -> CodedMatrix:
 
 def _copy_shard(shard: OpenShard, folder: Path) -> ShardInfo:
     """Copy a shard byte for byte; its extents are verified on the way."""
-    fd = os.open(folder / shard.info.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    fd = os.open(folder / shard.info.name, flags, 0o644)
     try:
-        os.chmod(fd, 0o644)
         end = shard.data_start
         for row in range(len(shard.entries)):
             for plane in (0, 1):

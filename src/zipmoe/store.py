@@ -409,7 +409,7 @@ def _check_expert(
 def _check_bits(
     manifest: Manifest, shard: OpenShard, place: TensorPlace, entries: NDArray[Any]
 ) -> None:
-    """An expert must have just the bits that the manifest says: nothing is lossy unsaid."""
+    """Refuse an expert of other bits than the manifest says: nothing is lossy unsaid."""
     lossy = manifest.lossy
     layer, expert = int(entries[0]["layer"]), int(entries[0]["expert"])
     said = lossy.bits[layer][expert] if lossy else LOSSLESS_BITS

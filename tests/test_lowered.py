@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from zipmoe.importance import spearman
 from small_store import write_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +14,7 @@ from zipmoe._errors import CalibrationError
 from zipmoe._losses import KnownFacts
 from zipmoe._measuring import Measuring, loaded_to_measure
 from zipmoe.calibration import Item, calibration, read_text
+from zipmoe.importance import spearman
 from zipmoe.lowered import LOSSLESS, LoweredExperts
 from zipmoe.quality import Quality, loss_of, measure, token_losses
 from zipmoe.rounding import Rounding

@@ -52,9 +52,7 @@ def exhaustive(places: Sequence[Place], measure: Measure) -> dict[Place, float]:
     return {place: measure(all_high | {place: low}) - before for place in places}
 
 
-def estimate(
-    expected: Mapping[str, Importance], pair: tuple[str, str]
-) -> dict[Place, float]:
+def estimate(expected: Mapping[str, Importance], pair: tuple[str, str]) -> dict[Place, float]:
     """Give what lowering each expert from the higher to the lower width of `pair` should cost."""
     low, high = pair
     return {place: cost - expected[high][place] for place, cost in expected[low].items()}

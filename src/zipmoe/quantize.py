@@ -1,21 +1,21 @@
 """A store and a loss that is allowed → a lossy store: each expert in as few bits as it bears.
 
-What `zipmoe quantize` does: measure, choose widths, write. Each step goes on where it was stopped.
+What `zipmoe quantize` does: measure and choose, then write. Both go on where they were stopped.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zipmoe import __version__
-from zipmoe._errors import CalibrationError, MismatchError
+from zipmoe._errors import CalibrationError, MismatchError, QuantizationError
 from zipmoe._losses import KnownFacts
-from zipmoe._lossy import Loss
+from zipmoe._lossy import LOSSLESS_BITS, Loss
+from zipmoe._manifest import MANIFEST
 from zipmoe._measuring import Measuring, loaded_to_measure
 from zipmoe.calibration import WINDOW, calibration, read_text
 from zipmoe.lowered import LOSSLESS, WIDTHS
@@ -27,12 +27,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zipmoe.lowered import Place
+    from zipmoe.quality import Quality
 
     Progress = Callable[[int, int], None]
 
-__all__ = ["BITS", "QuantizeOptions", "QuantizeReport", "bits_of", "find_widths", "quantize_store"]
+__all__ = [
+    "Choice",
+    "QuantizeOptions",
+    "QuantizeReport",
+    "bits_of",
+    "choose_widths",
+    "find_widths",
+    "write_chosen",
+]
 
-BITS = {"int2": 2, "int4": 4, "int8": 8, LOSSLESS: 16}
+BITS = {"int2": 2, "int4": 4, "int8": 8, LOSSLESS: LOSSLESS_BITS}
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,20 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Widths, and the quality that was measured with them and without."""
+
+    found: Assignment
+    bits: list[list[int]]  # by layer, by expert
+    now: Quality
+    before: Quality
+    calibration_sha256: str
+    known: KnownFacts
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
-    """What was chosen and written. `experts`: how many have each width."""
+    """What was chosen and written. Sizes are in bytes; `experts`: how many have each width."""
 
     metric: str
     target: float
@@ -70,44 +91,48 @@ class QuantizeReport:
     lossless_perplexity: float
     accuracy: float | None
     lossless_accuracy: float | None
-    bits_per_weight: float
+    expert_bytes: int  # as they were, in BF16
+    stored_expert_bytes: int
     source_bytes: int
     store_bytes: int
 
 
-def quantize_store(
+def choose_widths(
     store: str | os.PathLike[str],
     out: str | os.PathLike[str],
     options: QuantizeOptions,
     *,
-    measuring: Progress | None = None,
-    writing: Progress | None = None,
-) -> QuantizeReport:
-    """Write a lossy store that loses at most what is allowed, with the fewest bits found.
+    progress: Progress | None = None,
+) -> Choice:
+    """Choose the width of every expert. Writes nothing but what was measured, beside `out`.
 
-    Stopped at any moment and started again, it goes on: what was measured lies beside `out` until
-    the store is whole. `measuring` is called with passes done and in all, `writing` with bytes.
+    Stopped at any moment and called again, it measures nothing twice. `progress` is called with
+    passes over the calibration done and in all, at most.
 
     Raises
     ------
     CalibrationError
         Text or tasks cannot be used.
     MismatchError
-        The store is lossy already, or `out` holds something else.
-    SpaceError, BudgetError
-        There is not enough disk or memory.
+        The store is lossy already, or `out` is a store.
+    QuantizationError
+        No expert can be lowered within this loss.
+    BudgetError
+        There is not enough memory.
     """
     folder = Path(out)
+    if (folder / MANIFEST).exists():
+        raise MismatchError(f"{folder} is a finished store: delete it, or write into another")
     text, task = read_text(options.text), options.task and read_text(options.task)
     if options.metric == "accuracy" and task is None:
-        raise CalibrationError("the metric accuracy needs a file of tasks: give one with --task")
+        raise CalibrationError("the metric accuracy needs a file of tasks")
     with open_store(store) as opened:
         if opened.manifest.lossy is not None:
-            raise MismatchError(f"{store} is lossy already: quantize the lossless store")
+            raise MismatchError(f"{store} is lossy already: take the lossless store")
         identity = opened.manifest.identity
     with loaded_to_measure(Path(store), options.memory, options.window) as loaded:
         if loaded.tokenizer is None:
-            raise CalibrationError(f"{store} has no tokenizer, so no text can be measured on")
+            raise CalibrationError(f"{store} has no tokenizer, so there is no text to measure on")
         measured_on = calibration(loaded.tokenizer, text, task, window=options.window)
         about = [__version__, identity, measured_on.sha256, options.window, options.scale_group]
         known = KnownFacts(folder.absolute().with_name(f".{folder.name}.measured"), repr(about))
@@ -119,32 +144,52 @@ def quantize_store(
             scale_group=options.scale_group,
             threads=len(os.sched_getaffinity(0)),
         )
-        found = find_widths(measure, options, measuring)
-        now, before = measure.quality(found.widths), measure.quality({})
-        bits = bits_of(found.widths, [layer.experts for layer in loaded.runtime.source.layers])
-    loss = Loss(options.metric, options.max_loss, found.loss, measured_on.sha256)
-    requantize_store(
-        store, folder, bits, loss=loss, scale_group=options.scale_group, progress=writing
-    )
-    known.forget()
-    from zipmoe.inspect import inspect_store
+        found = find_widths(measure, options, progress)
+        if set(found.widths.values()) == {LOSSLESS}:
+            raise QuantizationError(
+                f"not one expert can be lowered within a loss of {options.max_loss:g}: allow more"
+            )
+        layers = [layer.experts for layer in loaded.runtime.source.layers]
+        return Choice(
+            found,
+            bits_of(found.widths, layers),
+            measure.quality(found.widths),
+            measure.quality({}),
+            measured_on.sha256,
+            known,
+        )
 
-    summary = inspect_store(folder)
+
+def write_chosen(
+    store: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: QuantizeOptions,
+    choice: Choice,
+    *,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Write the lossy store that was chosen. Raises as `requantize_store`."""
+    loss = Loss(options.metric, options.max_loss, choice.found.loss, choice.calibration_sha256)
+    written = requantize_store(
+        store, out, choice.bits, loss=loss, scale_group=options.scale_group, progress=progress
+    )
+    choice.known.forget()
     return QuantizeReport(
         metric=options.metric,
         target=options.max_loss,
-        reached=found.loss,
+        reached=choice.found.loss,
         importance=options.importance,
-        pair=found.pair,
-        experts=dict(Counter(found.widths.values())),
-        calibration_sha256=measured_on.sha256,
-        perplexity=now.perplexity,
-        lossless_perplexity=before.perplexity,
-        accuracy=now.accuracy,
-        lossless_accuracy=before.accuracy,
-        bits_per_weight=summary.bits_per_weight,
-        source_bytes=summary.source_bytes,
-        store_bytes=summary.store_bytes,
+        pair=choice.found.pair,
+        experts=written.experts,
+        calibration_sha256=choice.calibration_sha256,
+        perplexity=choice.now.perplexity,
+        lossless_perplexity=choice.before.perplexity,
+        accuracy=choice.now.accuracy,
+        lossless_accuracy=choice.before.accuracy,
+        expert_bytes=written.expert_bytes,
+        stored_expert_bytes=written.stored_expert_bytes,
+        source_bytes=written.source_bytes,
+        store_bytes=written.store_bytes,
     )
 
 

@@ -55,9 +55,7 @@ def assign(order: Sequence[Place], pair: tuple[str, str], count: int) -> dict[Pl
     return uniform(order[:count], low) | uniform(order[count:], high)
 
 
-def fewest(
-    order: Sequence[Place], pair: tuple[str, str], loss: Loss, most: float
-) -> Assignment:
+def fewest(order: Sequence[Place], pair: tuple[str, str], loss: Loss, most: float) -> Assignment:
     """Lower as many experts, the least important first, as lose at most `most`, by bisection.
 
     The loss need not grow with every expert; what is returned was measured, and loses no more

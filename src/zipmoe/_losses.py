@@ -7,7 +7,6 @@ or does not have its own checksum ends the file, and what it said is measured ag
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -16,6 +15,7 @@ from zipmoe._disk import typed_write_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 __all__ = ["KnownFacts"]
 
@@ -47,10 +47,13 @@ class KnownFacts:
         if key not in self._facts:
             self._facts[key] = value = find()
             text = json.dumps([key, value]).encode()
-            with typed_write_errors(self._path.parent, "run the same command again"):
-                with self._path.open("ab") as file:
-                    file.write(text + b" " + _checksum(text) + b"\n")
+            self._append(text + b" " + _checksum(text) + b"\n")
         return self._facts[key]
+
+    def _append(self, line: bytes) -> None:
+        again = "run the same command again"
+        with typed_write_errors(self._path.parent, again), self._path.open("ab") as file:
+            file.write(line)
 
     def forget(self) -> None:
         """Delete the file."""

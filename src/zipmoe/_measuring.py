@@ -87,7 +87,7 @@ class Measuring:
         return loss_of(self.quality(widths), self.quality({}), self._metric)
 
     def errors(self, widths: Sequence[str]) -> dict[str, dict[Place, float]]:
-        """Estimate what lowering each expert to each of these widths costs (`importance.errors`)."""
+        """Estimate what lowering each expert to each width costs (`importance.errors`)."""
         end = self.passes_done + self.estimate_passes
         found = self._known.get(["errors", list(widths)], lambda: self._errors(widths))
         self._pass_over(end)

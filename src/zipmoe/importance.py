@@ -139,7 +139,7 @@ class _Collected:
             self.places += added
             for sums in self.sums.values():
                 sums.update(dict.fromkeys(added, 0.0))
-        return _Experts.apply(hidden, weights, index, out.detach(), (module, self))  # type: ignore[no-untyped-call,no-any-return]
+        return _Experts.apply(hidden, weights, out.detach(), (index, module, self))  # type: ignore[no-untyped-call]
 
     def see(self, module: Any, expert: int, x: Tensor, y: Tensor, scaled: Tensor) -> None:
         """Take an expert's inputs and outputs [tokens, hidden], and the gradients of the latter."""
@@ -159,11 +159,9 @@ class _Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weights: Tensor, index: Tensor, out: Tensor, seen: Any
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, out: Tensor, seen: Any) -> Tensor:
+        index, *ctx.seen = seen
         ctx.save_for_backward(hidden, weights, index)
-        ctx.seen = seen
         return out.view_as(out)
 
     @staticmethod
@@ -185,7 +183,7 @@ class _Experts(torch.autograd.Function):
             to_hidden.index_add_(0, token, to_x.float())
             to_weights[token, slot] = (grad[token] * y.detach()).sum(dim=-1).float()
             collected.see(module, expert, x.detach(), y.detach(), scaled)
-        return to_hidden.to(hidden.dtype), to_weights.to(weights.dtype), None, None, None
+        return to_hidden.to(hidden.dtype), to_weights.to(weights.dtype), None, None
 
 
 def _weights(module: Any, expert: int) -> tuple[Tensor, Tensor]:
@@ -214,10 +212,12 @@ def _run(module: Any, expert: int, x: Tensor, weights: tuple[Tensor, Tensor]) ->
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """Rank correlation of two rankings; equal values share the mean of their ranks."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (_ranks(np.asarray(values, np.float64)) for values in (one, other))
+    first, second = first - first.mean(), second - second.mean()
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    middles = np.cumsum(counts) - (counts - 1) / 2
+    return np.asarray(middles[place], np.float64)

@@ -50,7 +50,7 @@ def loss_of(now: Quality, before: Quality, metric: str) -> float:
 
 def passes(windows: Tensor, tokens: int = PASS_TOKENS) -> tuple[Tensor, ...]:
     """Part windows [windows, tokens] into those that run together, at most so many tokens."""
-    return windows.split(max(1, tokens // windows.shape[1]))
+    return torch.split(windows, max(1, tokens // windows.shape[1]))
 
 
 @torch.no_grad()

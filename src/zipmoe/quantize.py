@@ -123,7 +123,8 @@ def choose_widths(
     folder = Path(out)
     if (folder / MANIFEST).exists():
         raise MismatchError(f"{folder} is a finished store: delete it, or write into another")
-    text, task = read_text(options.text), options.task and read_text(options.task)
+    text = read_text(options.text)
+    task = None if options.task is None else read_text(options.task)
     if options.metric == "accuracy" and task is None:
         raise CalibrationError("the metric accuracy needs a file of tasks")
     with open_store(store) as opened:

@@ -41,8 +41,14 @@ class Rounding:
     def encode(self, weights: Tensor, width: str) -> Codes:
         """Round a matrix to a width, the name of a codec."""
         bits = weights.view(torch.uint16).numpy()
-        options = {"scale_group": self.scale_group, "threads": self.threads}
-        return Codes(_core.encode(width, bits, allow_raw=False, **options), weights.shape)
+        coded = _core.encode(
+            width,
+            bits,
+            allow_raw=False,
+            scale_group=self.scale_group,
+            threads=self.threads,
+        )
+        return Codes(coded, weights.shape)
 
     def decode(self, codes: Codes) -> Tensor:
         """Give what the codes stand for, in BF16."""

@@ -2,7 +2,8 @@
 
     python tools/generate_docs.py [--check]
 
-docs/cli.md comes from the commands' own help, docs/results.md from benchmarks/results.
+docs/cli.md comes from the commands' own help, tables of docs/results.md and docs/lossy.md from
+benchmarks/results.
 """
 
 import sys
@@ -63,7 +64,8 @@ def cli_page() -> str:
 def main() -> None:
     """Write or check every generated document."""
     stale = []
-    pages = {ROOT / "docs" / "cli.md": cli_page(), ROOT / "docs" / "results.md": results_page()}
+    pages = {ROOT / "docs" / "cli.md": cli_page()}
+    pages |= {ROOT / "docs" / name: results_page(name) for name in ("results.md", "lossy.md")}
     for path, text in pages.items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue

@@ -1,6 +1,6 @@
-"""The published numbers: results of benchmarks → the tables of docs/results.md.
+"""The published numbers: results of benchmarks → the tables of docs/results.md and docs/lossy.md.
 
-None is typed by hand: what stands between two marks on that page is written here.
+None is typed by hand: what stands between two marks on those pages is written here.
 """
 
 import json
@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import lossy_page
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTING = ("zipmoe", "zipmoe raw", "plain LRU")
@@ -26,9 +28,9 @@ ARM_HEAD = [
 MARKED = re.compile(r"(<!-- from (\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def results_page() -> str:
-    """Return docs/results.md as it should be."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def results_page(name: str) -> str:
+    """Return a page of docs as it should be."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     return MARKED.sub(lambda mark: f"{mark[1]}{tables(mark[2])}{mark[3]}", text)
 
 
@@ -151,4 +153,19 @@ def figures(result: dict[str, Any]) -> Iterator[str]:
     yield table(list(sizes), [[f"{share:.3f}" for share in sizes.values()]])
 
 
-SECTIONS = {"offload": offload, "offload_figures": figures}
+def lossy(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what lossy.json says."""
+    return lossy_page.lossy(result, table)
+
+
+def prediction(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what prediction.json says."""
+    return lossy_page.prediction(result, table)
+
+
+SECTIONS = {
+    "offload": offload,
+    "offload_figures": figures,
+    "lossy": lossy,
+    "prediction": prediction,
+}

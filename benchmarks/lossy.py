@@ -6,7 +6,7 @@
 
 Two models: the demo, and the demo with experts that differ (`specialised.py`, made when it is not
 there). Of each: uniform widths; the widths that `zipmoe quantize` finds for a loss of 0.5, 1, 2 and
-5 %; bytes of the experts, loss on the calibration (the sample that comes with zipmoe) and on
+5 %; and one of three widths that takes no more bytes than INT4. Bytes of the experts, loss on the calibration (the sample that comes with zipmoe) and on
 another text (`held_out.txt`), and how often the likeliest next token of that text is still the
 lossless model's. How well the estimate ranks experts: rank correlation with measuring them one by
 one, for the experts of `--ranked-layers` layers. Whether the ranking matters: the widths found for
@@ -43,7 +43,7 @@ from zipmoe.demo import build_checkpoint, cache_folder
 from zipmoe.importance import spearman
 from zipmoe.lowered import LOSSLESS, WIDTHS
 from zipmoe.quality import passes
-from zipmoe.quantize import QuantizeOptions, bits_of, find_widths
+from zipmoe.quantize import BITS, QuantizeOptions, bits_of, find_widths
 from zipmoe.requantize import requantize_store
 from zipmoe.rounding import Rounding
 from zipmoe.store import open_store
@@ -153,12 +153,33 @@ class Bench:
                 {"what": f"at most {target:.1%}", "target": target} | self.row(found.widths)
             )
             print(rows[-1], flush=True)
+        rows.append({"what": "three widths, no more bytes than INT4"} | self.row(self.mixed()))
         return {
             "windows": [len(self._text.windows), len(self._held), WINDOW],
             "rows": rows,
             "ranking": self.ranking(options.ranked_layers),
             "at_random": self.at_random(self.chosen, options.seeds),
         }
+
+    def mixed(self) -> dict[Place, str]:
+        """Of INT8, INT4 and INT2 what should cost least within the bytes of uniform INT4."""
+        costs = self.measure.errors(WIDTHS[:-1])
+        bits = {width: BITS[width] for width in WIDTHS[:-1]}
+        steps = []
+        for place in self.measure.places:
+            dearest = 0.0
+            for high, low in (("int8", "int4"), ("int4", "int2")):
+                saved = bits[high] - bits[low]
+                # No step comes before the one that it goes on from.
+                dearest = max(dearest, (costs[low][place] - costs[high][place]) / saved)
+                steps.append((dearest, place, low, saved))
+        widths = uniform(self.measure.places, "int8")
+        spare = (bits["int8"] - bits["int4"]) * len(widths)
+        for _, place, low, saved in sorted(steps, key=lambda step: step[0]):
+            if spare <= 0:
+                break
+            widths[place], spare = low, spare - saved
+        return widths
 
     def ranking(self, layers: int) -> dict[str, Any]:
         """Rank correlation of the estimate with what is measured of one expert after the other."""

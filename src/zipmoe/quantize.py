@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]
 
 __all__ = [
+    "BITS",
     "Choice",
     "QuantizeOptions",
     "QuantizeReport",

@@ -1,7 +1,6 @@
 #include "integer_scale.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -10,47 +9,36 @@
 namespace zipmoe {
 namespace {
 
-// A group's weights go to eight partial sums on every machine, in two vectors that each of them
-// has: of wider ones the compiler makes single floats where there are none.
-constexpr std::size_t kLanes = 4, kParts = 2;
-using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Parts = std::array<Lanes, kParts>;
+// Four weights at a time, in the compiler's own vectors: the same operations, in the same order, on
+// every machine.
+using Floats = float __attribute__((vector_size(16)));
+using Ints = std::int32_t __attribute__((vector_size(16)));
+constexpr std::size_t kLanes = 4;
 
-float total(const Parts& parts) {
-  const Lanes sums = parts[0] + parts[1];
-  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
-}
+Floats all(float value) { return Floats{value, value, value, value}; }
 
 constexpr float largest(unsigned bits) { return bits == 8 ? 127.0F : bits == 4 ? 15.0F : 3.0F; }
 
-// What follows is for a float and for lanes of them; results go through references, as how vectors
-// are passed depends on the machine. To nearest, ties to even; |x| < 2^22.
-template <class Floats>
-[[gnu::always_inline]] inline void round(Floats& x) {
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23
-  x = (x + kRound) - kRound;
+// To nearest, ties to even; |x| < 2^22.
+Floats nearest(Floats x) {
+  const Floats round = all(12582912.0F);  // 1.5 * 2^23
+  return (x + round) - round;
 }
 
-template <class Floats>
-[[gnu::always_inline]] inline void bound(Floats& x, float most) {
-  const Floats high = Floats{} + most, low = Floats{} - most;
-  x = x > high ? high : x;
-  x = x < low ? low : x;
+Floats bounded(Floats x, float most) {
+  const Floats below = x > all(most) ? all(most) : x;
+  return below < all(-most) ? all(-most) : below;
 }
 
 // Odd integers lie between the even ones: the nearest to x is one above twice the floor of x / 2.
-template <unsigned kBits, class Floats>
-[[gnu::always_inline]] inline void to_integer(Floats& x) {
-  bound(x, largest(kBits));
-  if constexpr (kBits == 8) {
-    round(x);
-  } else {
-    const Floats half = 0.5F * x;
-    Floats rounded = half;
-    round(rounded);
-    x = 2.0F * (rounded > half ? rounded - 1.0F : rounded) + 1.0F;
-    bound(x, largest(kBits));
-  }
+template <unsigned kBits>
+Floats integers_of(Floats x) {
+  const Floats inside = bounded(x, largest(kBits));
+  if constexpr (kBits == 8) return nearest(inside);
+  const Floats half = all(0.5F) * inside;
+  const Floats rounded = nearest(half);
+  const Floats floor = rounded - (rounded > half ? all(1.0F) : all(0.0F));
+  return all(2.0F) * floor + all(1.0F);
 }
 
 struct Fit {
@@ -58,34 +46,28 @@ struct Fit {
   float least_squares = 0;  // the best scale for the same integers
 };
 
+float total(Floats sums) { return (sums[0] + sums[2]) + (sums[1] + sums[3]); }
+
 template <unsigned kBits>
 Fit fit(std::span<const float> weights, float scale) {
-  Parts errors{}, products{}, squares{};
-  const auto add = [&](std::size_t part, const Lanes& w, const Lanes& q) {
-    const Lanes missed = w - q * scale;
-    errors[part] += missed * missed;
-    products[part] += w * q;
-    squares[part] += q * q;
+  Floats errors{}, products{}, squares{};
+  const auto add = [&](Floats weight, Ints counts) {
+    const Floats q = integers_of<kBits>(weight / all(scale));
+    const Floats missed = weight - q * all(scale);
+    errors += counts ? missed * missed : Floats{};
+    products += counts ? weight * q : Floats{};
+    squares += counts ? q * q : Floats{};
   };
   std::size_t i = 0;
-  for (; i + kParts * kLanes <= weights.size(); i += kParts * kLanes) {
-    for (std::size_t part = 0; part < kParts; ++part) {
-      Lanes w;
-      std::memcpy(&w, weights.data() + i + part * kLanes, sizeof w);
-      Lanes q = w / scale;
-      to_integer<kBits>(q);
-      add(part, w, q);
-    }
+  Floats four{};
+  for (; i + kLanes <= weights.size(); i += kLanes) {
+    std::memcpy(&four, weights.data() + i, sizeof four);
+    add(four, Ints{-1, -1, -1, -1});
   }
-  for (std::size_t part = 0; i < weights.size(); ++part) {  // lanes of nothing add nothing
-    Lanes w{}, q{};
-    for (std::size_t lane = 0; lane < kLanes && i < weights.size(); ++lane, ++i) {
-      w[lane] = weights[i];
-      float integer = weights[i] / scale;
-      to_integer<kBits>(integer);
-      q[lane] = integer;
-    }
-    add(part, w, q);
+  if (const std::size_t rest = weights.size() - i; rest != 0) {
+    four = Floats{};
+    std::memcpy(&four, weights.data() + i, rest * sizeof(float));
+    add(four, Ints{-1, rest > 1 ? -1 : 0, rest > 2 ? -1 : 0, 0});
   }
   return {total(errors), total(products) / total(squares)};
 }
@@ -123,10 +105,12 @@ std::uint16_t search(std::span<const float> weights, float most) {
 
 template <unsigned kBits>
 void integers(std::span<const float> weights, float scale, std::int8_t* out) {
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    float q = weights[i] / scale;
-    to_integer<kBits>(q);
-    out[i] = static_cast<std::int8_t>(q);
+  for (std::size_t i = 0; i < weights.size(); i += kLanes) {
+    const std::size_t count = std::min(kLanes, weights.size() - i);
+    Floats four{};
+    std::memcpy(&four, weights.data() + i, count * sizeof(float));
+    const Floats found = integers_of<kBits>(four / all(scale));
+    for (std::size_t k = 0; k < count; ++k) out[i + k] = static_cast<std::int8_t>(found[k]);
   }
 }
 

@@ -73,12 +73,12 @@ std::vector<SlotPool> record_pools(const SlotClasses& classes, std::uint64_t num
   return pools;
 }
 
-// Without more than the least number of slots.
+// What one takes with the least number of slots.
 std::uint64_t least_bytes(const ExpertTable& table) {
   const SlotClasses classes(table);
   std::uint64_t bytes = bytes_without_pools(table);
   for (const SlotPool& pool : record_pools(classes, 0))
-    bytes += pool_bytes(table, SlotLayout::kLeastSlots, pool.stride);
+    bytes += pool_bytes(table, pool.num_slots, pool.stride);
   return bytes;
 }
 

@@ -126,6 +126,16 @@ void decode_block(const IntegerBlock& block, const std::uint16_t* row_scales,
     }
 }
 
+// Its negative is no code, and kernels take it for 0.
+void check_codes(std::span<const std::uint8_t> codes) {
+  constexpr int kNoCode = 0x80;
+  if (const void* found = std::memchr(codes.data(), kNoCode, codes.size()))
+    throw CorruptError("byte " +
+                           std::to_string(static_cast<const std::uint8_t*>(found) - codes.data()) +
+                           " is -128, which is no code",
+                       kCodesPlane);
+}
+
 // Every one of them, before any weight is given out.
 void check_scales(std::span<const std::uint8_t> scales) {
   for (std::size_t at = 0; at < scales.size(); at += sizeof(std::uint16_t)) {
@@ -156,6 +166,7 @@ IntegerLayout::IntegerLayout(Codec codec, const Grid& grid, std::uint64_t codes_
 void decode_integers(Codec codec, const Grid& grid, const Extents& extents, const Target& target,
                      unsigned threads) {
   const IntegerLayout layout(codec, grid, extents.sign_mantissa.size(), extents.exponent.size());
+  if (codec == Codec::int8 && !extents.sign_mantissa.empty()) check_codes(extents.sign_mantissa);
   check_scales(extents.exponent);
   // Extents may come at any address.
   std::vector<std::uint16_t> scales(extents.exponent.size() / sizeof(std::uint16_t));

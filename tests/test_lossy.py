@@ -13,11 +13,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import oracle
 import pytest
 import torch
 from lossy_store import LOSS, mixed, write_lossy
+from serving import serving
 from small_store import write_store
 from test_generate_damage import answer, outcome, unread
 from test_store import reseal
@@ -37,7 +39,9 @@ from zipmoe._errors import (
 from zipmoe._index import CODECS
 from zipmoe._lossy import Loss, Lossy
 from zipmoe.cli import app
+from zipmoe.rates import TYPICAL
 from zipmoe.requantize import requantize_store
+from zipmoe.schedule import Tier
 from zipmoe.store import open_store
 from zipmoe.unpack import unpack_store
 from zipmoe.verify import verify_store
@@ -122,7 +126,7 @@ def test_weights_that_integers_cannot_stand_for_are_refused_by_their_place(
 # Interrupted and damaged
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 - no error
     pass
 
 
@@ -364,6 +368,25 @@ def test_a_loaded_model_says_lossy(lossy: Path, original: Path) -> None:
         assert said["calibration_sha256"] == LOSS.calibration_sha256
     with zipmoe.load(original, memory="8GB", context=64) as loaded:
         assert loaded.model.config.quantization_config.lossy is None
+
+
+def test_a_server_says_lossy_of_its_model(lossy: Path, original: Path) -> None:
+    said = []
+    for store in (lossy, original):
+        with serving(store, context=100) as served:
+            (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
+        said.append(model["lossy"])
+    assert said[0]["experts"] == {"lossless": 4, "int8": 4, "int4": 4, "int2": 4}
+    assert said[1] is None
+
+
+def test_a_lossy_store_is_planned_for(lossy: Path) -> None:
+    planned = run("plan", lossy, "--memory", "4GB", "--context", 64)
+    assert planned.exit_code == 0, planned.stderr
+    with zipmoe.load(lossy, memory="8GB", context=64) as loaded:
+        sizes = loaded.runtime.sizes
+    assert sizes.tiers == (Tier.COMPRESSED,)
+    assert TYPICAL.work_s(1000, "int4") <= TYPICAL.work_s(1000, "raw")
 
 
 def test_unpack_writes_what_there_is_only_if_asked_for(

@@ -134,7 +134,8 @@ class Manifest:
         if content.get("format_version") not in (FORMAT_VERSION, LOSSY_VERSION):
             raise FormatError(
                 f"{MANIFEST} has format version {content.get('format_version')!r}, this zipmoe "
-                f"reads {FORMAT_VERSION} and {LOSSY_VERSION}: use the zipmoe that wrote it, or pack again"
+                f"reads {FORMAT_VERSION} and {LOSSY_VERSION}: use the zipmoe that wrote it, or "
+                "pack again"
             )
         if not sound:
             raise CorruptError("the manifest does not have its checksum", file=MANIFEST)

@@ -6,12 +6,13 @@
 
 Two models: the demo, and the demo with experts that differ (`specialised.py`, made when it is not
 there). Of each: uniform widths; the widths that `zipmoe quantize` finds for a loss of 0.5, 1, 2 and
-5 %; and one of three widths that takes no more bytes than INT4. Bytes of the experts, loss on the calibration (the sample that comes with zipmoe) and on
-another text (`held_out.txt`), and how often the likeliest next token of that text is still the
-lossless model's. How well the estimate ranks experts: rank correlation with measuring them one by
-one, for the experts of `--ranked-layers` layers. Whether the ranking matters: the widths found for
-2 %, given to experts at random, `--seeds` times. Then a store of 2 % is written, and it and the
-lossless one answer in turns with memory for 30 and 50 % of the checkpoint's bytes.
+5 %; one of three widths that takes no more bytes than INT4. Of all these bytes of the experts, loss
+on the calibration (the sample that comes with zipmoe) and on another text (`held_out.txt`), and how
+often the likeliest next token of that text is still the lossless model's. How well the estimate
+ranks experts: rank correlation with measuring them one by one, for the experts of `--ranked-layers`
+layers. Whether the ranking matters: the widths found for 2 %, given to experts at random, `--seeds`
+times. Then a store of 2 % is written, and it and the lossless one answer in turns with memory for
+30 and 50 % of the checkpoint's bytes.
 
 What was measured is kept in `--cache` and not measured again. `--windows` takes fewer windows of
 both texts, to try it. Without speed about half an hour a model on two idle cores; 12 GB of disk.

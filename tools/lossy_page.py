@@ -71,8 +71,8 @@ def distances(found: dict[str, Any]) -> str:
     """Say how far experts lie apart."""
     demo, own = (found[name]["distances"] for name in ("demo", "specialised"))
     return (
-        f"Two experts of a layer lie {own['median']:.3f} of their size apart ({own['least']:.3f} to "
-        f"{own['most']:.3f}); those of the demo {demo['median']:.3f}."
+        f"Two experts of a layer lie {own['median']:.3f} of their size apart "
+        f"({own['least']:.3f} to {own['most']:.3f}); those of the demo {demo['median']:.3f}."
     )
 
 

@@ -197,7 +197,8 @@ def _foretold(verdict: Verdict) -> Iterator[str]:
         recall = verdict.recall_by_key.get(key)
         right = "" if recall is None else f", {recall:.1%} right"
         yield f"  from {key:<12}{share:>7.1%} of the predictions{right}"
-    yield f"  the most popular: {verdict.popular:.1%} right; the last token's: {verdict.repeated:.1%}"
+    others = f"the most popular: {verdict.popular:.1%} right; the last token's"
+    yield f"  {others}: {verdict.repeated:.1%}"
 
 
 def _ratio(value: float | None) -> str:

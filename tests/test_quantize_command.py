@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 from small_store import write_store
@@ -51,12 +52,23 @@ def test_the_store_says_what_was_lost_and_it_is_within_what_was_allowed(store, t
     assert "finished store" in again.output
 
 
-def test_more_is_lowered_where_more_may_be_lost(store, text, tmp_path):
-    sizes = []
-    for most in (0.0005, 10.0):
+def test_more_is_lowered_where_more_may_be_lost(store, text, tmp_path, monkeypatch):
+    costs = {"lossless": 0.0, "int8": 0.001, "int4": 0.01, "int2": 0.1}
+
+    def loss(self, widths):
+        return sum(costs[width] for width in widths.values())
+
+    monkeypatch.setattr(quantize.Measuring, "loss", loss)
+    found = {}
+    for most in (0.008, 0.1, 0.5, 2.0):
         choice = choose_widths(store, tmp_path / "out", QuantizeOptions(most, text=text))
-        sizes.append(sum(map(sum, choice.bits)))
-    assert sizes[0] > sizes[1] == 2 * 16
+        found[most] = Counter(bits for layer in choice.bits for bits in layer)
+    assert found == {
+        0.008: {16: 8, 8: 8},
+        0.1: {8: 7, 4: 9},
+        0.5: {4: 13, 2: 3},
+        2.0: {2: 16},
+    }
 
 
 def test_what_was_stopped_goes_on(store, text, tmp_path, monkeypatch):

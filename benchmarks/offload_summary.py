@@ -192,8 +192,8 @@ def fetches(rounds: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for one in rounds
     ]
     yield from asked("rate of cold fetches over the drive's", FETCH_LEAST, rates)
-    cpu = [one["fetch"]["cpu_s"] / one["fetch"]["seconds"] for one in rounds]
-    yield from at_most("cores busy in cold fetches", FETCH_CPU_MOST, cpu)
+    decoding = [one["fetch"]["decode_s"] / one["fetch"]["seconds"] for one in rounds]
+    yield from at_most("part of a core that decodes in cold fetches", FETCH_CPU_MOST, decoding)
 
 
 def misses(replayed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -95,8 +95,8 @@ class ExpertCache final : private ReadSink {
   // latest `prefetch` waits for a read. Forgotten at the next `prefetch`. Those that are there are
   // kept rather than others.
   void look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts);
-  // True where there is room for all experts: nothing needs to be looked ahead for.
-  [[nodiscard]] bool holds_all() const { return num_usable_ == table_.records().size(); }
+  // True where all experts are there or on their way: nothing needs to be looked ahead for.
+  [[nodiscard]] bool holds_all() const;
 
   // The expert, read if need be, held in its slots until the lease ends. A thread that holds leases
   // on all slots must not ask for one more: nobody would ever free one. Throws FetchError or

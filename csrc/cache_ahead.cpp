@@ -13,6 +13,12 @@ constexpr std::size_t kReadsAhead = 2;
 
 }  // namespace
 
+bool ExpertCache::holds_all() const {
+  if (num_usable_ != table_.records().size()) return false;
+  const Lock lock(mutex_);
+  return tiers_.is_full();
+}
+
 void ExpertCache::look_ahead(std::uint64_t layer, std::span<const std::uint64_t> experts) {
   const std::vector<std::uint32_t> records = records_of(layer, experts);
   if (is_forked()) check_usable();

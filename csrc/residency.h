@@ -65,6 +65,8 @@ class Residency {
   [[nodiscard]] std::uint32_t expert_in(std::uint32_t slot) const { return slots_[slot].expert; }
   [[nodiscard]] SlotState state(std::uint32_t slot) const { return slots_[slot].state; }
 
+  // Whether there is no slot that could be had without anybody's leaving.
+  [[nodiscard]] bool is_full() const { return empty_.empty(); }
   // Whether the expert is in a slot that nobody is using.
   [[nodiscard]] bool may_go(std::uint32_t expert) const;
   // Whether `take` would give the expert a slot.

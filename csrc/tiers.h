@@ -8,6 +8,7 @@
 // Decoded experts hold no planes. An expert becomes one when it is used and worth more than the
 // least of them; that one is dropped, for coding it again would take longer than reading it.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <functional>
@@ -75,6 +76,10 @@ class Tiers {
 
   // See Residency; of a pool of a layout that can shrink.
   void set_limit(std::size_t pool, std::uint32_t num_slots) { planes_[pool].set_limit(num_slots); }
+  [[nodiscard]] bool is_full() const {
+    return std::all_of(planes_.begin(), planes_.end(),
+                       [](const Residency& pool) { return pool.is_full(); });
+  }
   [[nodiscard]] bool is_slot_empty(std::size_t pool, std::uint32_t slot) const {
     return planes_[pool].state(slot) == SlotState::empty;
   }

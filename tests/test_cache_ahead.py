@@ -129,6 +129,37 @@ def test_looking_ahead_changes_no_bit(family_store: Any) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_cold_cache_with_room_for_all_is_looked_ahead_for(family_store: Any) -> None:
+    with zipmoe.load(family_store("qwen3_moe"), memory="64GB") as loaded:
+        ids = prompts(loaded.model, 1)[0]
+        with_cache(loaded.model, ids[:1])
+        assert loaded.runtime.cache.counters()["ahead_reads"] > 0
+        with_cache(loaded.model, ids.repeat(8))  # every expert of every layer
+        full = loaded.runtime.cache.counters()
+        with_cache(loaded.model, ids[:7])
+        again = loaded.runtime.cache.counters()
+        assert again["ahead_reads"] == full["ahead_reads"]
+        assert again["misses"] == full["misses"]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_long_prompt_has_its_first_experts_read_before_a_layer_runs(
+    family_store: Any, looks: bool
+) -> None:
+    with zipmoe.load(family_store("qwen3_moe"), memory="64GB", lookahead=looks) as loaded:
+        cache, read = loaded.runtime.cache, []
+        loaded.model.model.layers[0].register_forward_pre_hook(
+            lambda *_: read.append(cache.counters()["ahead_reads"])
+        )
+        experts = loaded.runtime.source.layers[0].experts
+        ids = prompts(loaded.model, 1)[0].repeat(8)
+        with_cache(loaded.model, ids[: 2 * experts - 1])
+        assert read.pop() == 0
+        loaded.runtime.cache.limit(0)  # what it has goes
+        with_cache(loaded.model, ids[: 2 * experts])
+        assert (read.pop() > 0) == looks
+
+
 @torch.no_grad()
 def with_cache(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits as generation computes them: layers in one call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from families import Answers
+from family_sweep import compare
 from lossy_store import LOSS, mixed, write_lossy
 from serving import serving
 from small_store import write_store
@@ -121,6 +124,31 @@ def test_weights_that_integers_cannot_stand_for_are_refused_by_their_place(
         requantize_store(store, tmp_path / "out2", [[4] * 8])
     with pytest.raises(ValueError, match="3 bits"):
         requantize_store(store, tmp_path / "out2", [[4] * 8, [3] * 8])
+
+
+# A store of the first version that has lossy ones, kept as it was
+
+GOLDEN = Path(__file__).parent / "golden"
+ROWS_OF_INT8 = "6dcc5b99d784758c8e037f58e66060212b60a36ac79c580fa1013d63404c73ae"
+
+
+def test_the_golden_store_is_read_by_both_readers_and_made_again_from_the_lossless_one(
+    tmp_path: Path,
+) -> None:
+    assert verify_store(GOLDEN / "1.1").errors == []
+    _, experts, _ = oracle.read_store(GOLDEN / "1.1")
+    with open_store(GOLDEN / "1.1") as store:
+        for layer, expert, shard, rows in store.expert_records():
+            for row, matrix in zip(rows, store.layers[layer].matrices, strict=True):
+                assert np.array_equal(
+                    store.read_matrix(shard, row), experts[layer, expert, matrix.role]
+                )
+    requantize_store(GOLDEN / "1.0", tmp_path / "again", [[4, 2]], loss=LOSS)
+    name = "experts-00001.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (GOLDEN / "1.1" / name).read_bytes()
+    requantize_store(GOLDEN / "1.0", tmp_path / "rows", [[8, 8]], scale_group=0)
+    found = hashlib.sha256((tmp_path / "rows" / name).read_bytes()).hexdigest()
+    assert found == ROWS_OF_INT8
 
 
 # Interrupted and damaged
@@ -407,6 +435,16 @@ def test_unpack_writes_what_there_is_only_if_asked_for(
     assert unpack_store(original, tmp_path / "plain", lossy=True).changed_tensors == 0
 
 
+def test_a_lossy_store_is_not_compared_with_stock(lossy: Path) -> None:
+    with pytest.raises(LossyError, match="not the published weights"):
+        compare(Answers({}, {}, {}), lossy)
+
+
+def test_packing_is_never_lossy(original: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'int4' is none of"):
+        zipmoe.pack_checkpoint(original.parent / "checkpoint", tmp_path / "s", codec="int4")
+
+
 def test_a_lossy_store_is_not_made_lossy_again(lossy: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="lossy already"):
         requantize_store(lossy, tmp_path / "s", mixed(lossy))
@@ -426,6 +464,7 @@ WRONG = {
     "a width as text": lambda m: m["lossy"]["bits"][0].__setitem__(0, "8"),
     "a key more": lambda m: m["lossy"].update(more=1),
     "a key less": lambda m: m["lossy"].pop("metric"),
+    "a dense codec": lambda m: m["codec"].update(dense="int8"),
     "another metric": lambda m: m["lossy"].update(metric="taste"),
     "a loss as text": lambda m: m["lossy"].update(reached="0"),
     "no number": lambda m: m["lossy"].update(target=float("nan")),

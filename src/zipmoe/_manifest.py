@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from zipmoe._errors import CorruptError, FormatError
-from zipmoe._index import CODECS, MAX_EXPERTS
+from zipmoe._index import CODECS, LOSSLESS, MAX_EXPERTS
 from zipmoe._lossy import Lossy
 from zipmoe._safetensors import HeaderError, unique_keys
 from zipmoe.recipe import ROLES, Matrix
@@ -157,7 +157,11 @@ def is_plain_name(name: Any) -> bool:
 
 
 def _read(content: dict[str, Any]) -> Manifest:
-    codec = {kind: _choice(content["codec"][kind], CODECS) for kind in ("experts", "dense")}
+    of_experts = CODECS if "lossy" in content else LOSSLESS
+    codec = {
+        "experts": _choice(content["codec"]["experts"], of_experts),
+        "dense": _choice(content["codec"]["dense"], LOSSLESS),
+    }
     model = {key: _text(content["model"][key]) for key in ("model_type", "architecture", "dtype")}
     layers = tuple(_layer(entry) for entry in content["layers"])
     if len(layers) > MAX_EXPERTS:

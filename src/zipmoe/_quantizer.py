@@ -84,6 +84,8 @@ class LoadOptions:
             raise ValueError(f"a batch has at least 1 sequence, not {self.batch}")
 
 
+_TOKENS_FOR_ALL = 2  # for each expert: with two choices each, one expert in fifty is not wanted
+
 # Carries the options of `zipmoe.load` through from_pretrained, which has no argument for them.
 _OPTIONS: ContextVar[LoadOptions] = ContextVar("zipmoe_load_options")
 
@@ -121,6 +123,7 @@ class Runtime:
         self.identity, self.lossy = store.manifest.identity, store.manifest.lossy
         self.blocks: list[NativeBlock] = []  # what runs in one call each
         self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
+        self.lookahead = False
         self.watch: Watch | None = None
         self.lending: Lending | None = None
         self.compute = "torch" if self.source.engine is None else "native"
@@ -135,6 +138,16 @@ class Runtime:
         """
         if not budget.has_room(self.report, self._demand, tokens, sequences):
             raise self.refusal(tokens, sequences)
+
+    def look_ahead(self, tokens: int) -> None:
+        """Begin to read all experts of the first layer, if a pass of so many tokens wants them.
+
+        It does not know yet which: embeddings and attention come first. Of many tokens, each of
+        which goes to several experts, hardly any expert is left out.
+        """
+        experts = self.source.layers[0].experts
+        if self.lookahead and tokens >= _TOKENS_FOR_ALL * experts:
+            self.cache.look_ahead(0, range(experts))
 
     def refusal(self, tokens: int, sequences: int = 1) -> BudgetError:
         """Say what sequences would need that are longer, or more, than was planned for."""
@@ -283,6 +296,7 @@ class ZipmoeQuantizer(HfQuantizer):
             tiers=self._tiers,
             **self._reading(),
         )
+        runtime.lookahead = self.options.lookahead
         runtime.lending = Lending(cache, capacity, report, self._skeleton.demand)
         runtime.watch = Watch(runtime.lending, report, needs.cache_floor).start()
         model.zipmoe = runtime
@@ -337,6 +351,7 @@ def _before_pass(model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> N
     runtime.lending.begin(tokens, known, sequences)
     if runtime.announces_requests and known == 0:
         runtime.cache.begin_request()
+    runtime.look_ahead(sequences * tokens)
 
 
 def _after_pass(model: Any, *_: Any, **__: Any) -> None:

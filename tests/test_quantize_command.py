@@ -109,6 +109,10 @@ def test_tasks_decide_where_accuracy_is_asked_for(store, text, tmp_path):
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["accuracy"] >= report["lossless_accuracy"] - 0.5
+    task.write_text(json.dumps({"prompt": "long " * 400, "answer": "x"}))
+    refused = run(store, tmp_path / "other", *words, "--task", task)
+    assert refused.exit_code == 1
+    assert "longer than 1024 tokens" in refused.output
     without = run(store, tmp_path / "other", *words)
     assert without.exit_code == 1
     assert "file of tasks" in without.output

@@ -30,10 +30,10 @@ __all__ = ["Measuring", "loaded_to_measure"]
 
 
 @contextmanager
-def loaded_to_measure(store: Path, memory: int | None, window: int) -> Iterator[Loaded]:
-    """Load a store for passes of windows of so many tokens: with torch, which has gradients."""
-    batch = max(1, PASS_TOKENS // window)
-    with load(store, memory=memory, compute="torch", context=window, batch=batch) as loaded:
+def loaded_to_measure(store: Path, memory: int | None, longest: int) -> Iterator[Loaded]:
+    """Load a store for passes of sequences of so many tokens: with torch, which has gradients."""
+    batch = max(1, PASS_TOKENS // longest)
+    with load(store, memory=memory, compute="torch", context=longest, batch=batch) as loaded:
         yield loaded
 
 

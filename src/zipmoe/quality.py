@@ -56,7 +56,9 @@ def passes(windows: Tensor, tokens: int = PASS_TOKENS) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def token_losses(model: Any, windows: Tensor) -> Tensor:
     """Negative log-likelihood of every token but each window's first: [windows, tokens - 1]."""
-    return torch.cat([_losses(model(some).logits, some) for some in passes(windows)])
+    return torch.cat(
+        [_losses(model(some, use_cache=False).logits, some) for some in passes(windows)]
+    )
 
 
 def _losses(logits: Tensor, windows: Tensor) -> Tensor:
@@ -92,5 +94,5 @@ def measure(
 def _is_answered(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> bool:
     """Tell whether greedy decoding gives the answer: each of its tokens is the likeliest there."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])
-    likeliest = model(ids).logits[0, len(prompt) - 1 :].argmax(dim=-1)
+    likeliest = model(ids, use_cache=False).logits[0, len(prompt) - 1 :].argmax(dim=-1)
     return likeliest.tolist() == list(answer)

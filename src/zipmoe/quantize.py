@@ -42,6 +42,7 @@ __all__ = [
     "write_chosen",
 ]
 
+TASK_TOKENS = 1024  # most of a prompt and its answer
 BITS = {"int2": 2, "int4": 4, "int8": 8, LOSSLESS: LOSSLESS_BITS}
 
 
@@ -132,10 +133,13 @@ def choose_widths(
         if opened.manifest.lossy is not None:
             raise MismatchError(f"{store} is lossy already: take the lossless store")
         identity = opened.manifest.identity
-    with loaded_to_measure(Path(store), options.memory, options.window) as loaded:
+    longest = options.window if task is None else max(options.window, TASK_TOKENS)
+    with loaded_to_measure(Path(store), options.memory, longest) as loaded:
         if loaded.tokenizer is None:
             raise CalibrationError(f"{store} has no tokenizer, so there is no text to measure on")
         measured_on = calibration(loaded.tokenizer, text, task, window=options.window)
+        if any(len(item.prompt) + len(item.answer) > longest for item in measured_on.items):
+            raise CalibrationError(f"a task is longer than {longest} tokens")
         about = [__version__, identity, measured_on.sha256, options.window, options.scale_group]
         known = KnownFacts(folder.absolute().with_name(f".{folder.name}.measured"), repr(about))
         measure = Measuring(

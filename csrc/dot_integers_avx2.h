@@ -13,7 +13,13 @@ struct Integers {
   __m256 even, odd;
 };
 
-[[gnu::always_inline]] inline __m256 odd_integers(__m256i twice) {
+// From codes at the top of their lanes. Those of 2 bits stand for odd integers: they come down to
+// twice their values, and what comes with them in the lowest bit does not matter.
+template <unsigned kBits>
+[[gnu::always_inline]] inline __m256 integers_of(__m256i top) {
+  constexpr int kDown = 32 - static_cast<int>(kBits);
+  if constexpr (kBits != 2) return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, kDown));
+  const __m256i twice = _mm256_srai_epi32(top, kDown - 1);
   return _mm256_cvtepi32_ps(_mm256_or_si256(twice, _mm256_set1_epi32(1)));
 }
 
@@ -34,14 +40,10 @@ template <unsigned kBits>
       out[step].even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(high, 16), 24));
       out[step].odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(high, 24));
     } else {
-      // The code goes to the top and comes down with its sign to twice its value; what comes with
-      // it in the lowest bit does not matter, for the integer is odd.
       const int bit = static_cast<int>((2 * row + step) % kWordCodes * kBits);
-      constexpr int kTop = 32 - static_cast<int>(kBits), kDown = kTop - 1;
-      const __m256i even = _mm256_slli_epi32(words, kTop - bit);
-      const __m256i odd = _mm256_slli_epi32(words, kTop - 16 - bit);
-      out[step].even = odd_integers(_mm256_srai_epi32(even, kDown));
-      out[step].odd = odd_integers(_mm256_srai_epi32(odd, kDown));
+      constexpr int kTop = 32 - static_cast<int>(kBits);
+      out[step].even = integers_of<kBits>(_mm256_slli_epi32(words, kTop - bit));
+      out[step].odd = integers_of<kBits>(_mm256_slli_epi32(words, kTop - 16 - bit));
     }
   }
 }

@@ -27,8 +27,8 @@ class IntegerLookup {
     alignas(64) u16 words[32];
     constexpr int kCodes = 1 << kBits;
     for (int i = 0; i < 32; ++i) {
-      const int code = i % kCodes;
-      words[i] = word_of(2 * (code < kCodes / 2 ? code : code - kCodes) + 1);
+      const int code = i % kCodes, integer = code < kCodes / 2 ? code : code - kCodes;
+      words[i] = word_of(kBits == 2 ? 2 * integer + 1 : integer);
     }
     table_ = _mm512_load_si512(words);
   }

@@ -79,7 +79,7 @@ class IntegerEncoder {
                         std::uint64_t count) {
     constexpr unsigned kMask = (1U << kBits) - 1;
     for (unsigned w = 0; w < count; ++w) {
-      const int code = kBits == 8 ? integers[w] : (integers[w] - 1) / 2;
+      const int code = kBits == 2 ? (integers[w] - 1) / 2 : integers[w];
       const CodePlace place = code_place<kBits>(row, w);
       chunk[place.byte] |=
           static_cast<std::uint8_t>((static_cast<unsigned>(code) & kMask) << place.shift);

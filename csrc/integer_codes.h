@@ -39,14 +39,14 @@ constexpr CodePlace code_place(unsigned row, unsigned weight) {
   }
 }
 
-// The integers of one row of a chunk. Codes of 4 and 2 bits stand for odd integers.
+// The integers of one row of a chunk. Codes of 2 bits stand for odd integers.
 template <unsigned kBits>
 void read_integers(const std::uint8_t* chunk, unsigned row, std::int8_t (&out)[kChunkColumns]) {
   for (unsigned w = 0; w < kChunkColumns; ++w) {
     const CodePlace place = code_place<kBits>(row, w);
     const auto high = static_cast<std::int8_t>(chunk[place.byte] << (8 - kBits - place.shift));
     const int code = high >> (8 - kBits);
-    out[w] = static_cast<std::int8_t>(kBits == 8 ? code : 2 * code + 1);
+    out[w] = static_cast<std::int8_t>(kBits == 2 ? 2 * code + 1 : code);
   }
 }
 

@@ -17,7 +17,7 @@ constexpr std::size_t kLanes = 4;
 
 Floats all(float value) { return Floats{value, value, value, value}; }
 
-constexpr float largest(unsigned bits) { return bits == 8 ? 127.0F : bits == 4 ? 15.0F : 3.0F; }
+constexpr float largest(unsigned bits) { return bits == 8 ? 127.0F : bits == 4 ? 7.0F : 3.0F; }
 
 // To nearest, ties to even; |x| < 2^22.
 Floats nearest(Floats x) {
@@ -30,11 +30,12 @@ Floats bounded(Floats x, float most) {
   return below < all(-most) ? all(-most) : below;
 }
 
-// Odd integers lie between the even ones: the nearest to x is one above twice the floor of x / 2.
+// Those of 2 bits are odd, and lie between the even ones: the nearest to x is one above twice the
+// floor of x / 2.
 template <unsigned kBits>
 Floats integers_of(Floats x) {
   const Floats inside = bounded(x, largest(kBits));
-  if constexpr (kBits == 8) return nearest(inside);
+  if constexpr (kBits != 2) return nearest(inside);
   const Floats half = all(0.5F) * inside;
   const Floats rounded = nearest(half);
   const Floats floor = rounded - (rounded > half ? all(1.0F) : all(0.0F));
@@ -128,7 +129,7 @@ std::uint16_t choose_scale(std::span<const float> weights, unsigned bits) {
 void to_integers(std::span<const float> weights, unsigned bits, std::uint16_t scale,
                  std::int8_t* out) {
   if (scale == 0) {
-    std::fill_n(out, weights.size(), static_cast<std::int8_t>(bits == 8 ? 0 : 1));
+    std::fill_n(out, weights.size(), static_cast<std::int8_t>(bits == 2 ? 1 : 0));
     return;
   }
   if (bits == 8) return integers<8>(weights, from_bf16(scale), out);

@@ -270,7 +270,8 @@ def integers_of(codec, data, blocks):
         # Unit, then field, count the halves of rows 0 to 3.
         rows = fields.reshape(height // 4, width // 64, 4, 64).astype(int)
         signed = np.where(rows < 2 ** (bits - 1), rows, rows - 2**bits)
-        found.append(2 * signed.transpose(0, 2, 1, 3).reshape(height, width) + 1)
+        integers = signed.transpose(0, 2, 1, 3).reshape(height, width)
+        found.append(2 * integers + 1 if bits == 2 else integers)
     assert at == len(data)
     return found
 
@@ -298,7 +299,7 @@ def scaled(codec, extents, rows, columns, geometry):
         out[top : top + height, left : left + width] = words[: rows - top, : columns - left]
         outside = np.ones_like(block, bool)
         outside[: rows - top, : columns - left] = False
-        assert (block[outside] == (0 if codec == "int8" else 1)).all()  # padding: code 0
+        assert (block[outside] == (1 if codec == "int2" else 0)).all()  # padding: code 0
     assert by_row or at == len(scales)
     return out
 

@@ -12,6 +12,7 @@ ZipmoeError
 ├─ BudgetError            memory below the floor; says the floor and what fills it
 ├─ SpaceError             not enough disk
 ├─ TraceError             a routing trace that is none, or holds too little
+├─ CalibrationError       a text or a task file that nothing can be measured on
 └─ FetchError             I/O failed at run time; carries path, offset, errno
 
 Messages say what, where, and what to do. Nothing is printed and passed over.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetError",
+    "CalibrationError",
     "CheckpointError",
     "CorruptError",
     "FetchError",
@@ -114,6 +116,10 @@ class SpaceError(ZipmoeError):
 
 class TraceError(ZipmoeError):
     """A routing trace cannot be used."""
+
+
+class CalibrationError(ZipmoeError):
+    """A text or a task file cannot be used to measure quality."""
 
 
 class FetchError(ZipmoeError):

@@ -17,6 +17,7 @@ import typer
 from . import __version__
 from ._options import Codec, Compute, Context, Json, Memory, Store, Tiers, memory_size
 from ._plan_command import plan
+from ._quantize_command import quantize
 from ._routing_commands import bench_app, trace_app
 from ._serve_command import serve
 from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
@@ -244,6 +245,7 @@ def profile(
 
 
 app.command()(plan)
+app.command()(quantize)
 
 
 @app.command()

@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 RUN := $(VENV)/bin/python
 CORE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h .deps/complete)
 
-.PHONY: help setup build demo test check format bench bench-models bench-offload bench-offload-figures bench-serve soak docs clean
+.PHONY: help setup build demo test check format bench bench-models bench-offload bench-offload-figures bench-lossy bench-prediction bench-serve soak docs clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -51,6 +51,14 @@ bench-offload: $(STAMPS)/build $(STAMPS)/bench ## measure where weights do not f
 
 bench-offload-figures: $(STAMPS)/build $(STAMPS)/bench ## the same model: policies, lookahead, lengths of answers, codecs (an hour)
 	$(RUN) benchmarks/offload_figures.py $(COUNTS:%=--counts %) --out benchmarks/results/offload_figures.json
+	$(RUN) tools/generate_docs.py
+
+bench-lossy: $(STAMPS)/build ## measure what lossy stores cost and gain (12 GB of disk and memory, an idle machine for two hours)
+	$(RUN) benchmarks/lossy.py --out benchmarks/results/lossy.json
+	$(RUN) tools/generate_docs.py
+
+bench-prediction: $(STAMPS)/build ## measure how well the next layer's experts can be foretold (an idle machine)
+	$(RUN) benchmarks/prediction.py $(TRACES:%=--traces %) --speed --out benchmarks/results/prediction.json
 	$(RUN) tools/generate_docs.py
 
 bench-serve: $(STAMPS)/build $(STAMPS)/bench ## measure the server under load: batches, long prompts, first tokens (root, 15 minutes)

@@ -1,5 +1,7 @@
 """Products straight from packed weights against plain BF16, torch, and what memory delivers.
 
+int8, int4 and int2 are lossy: their weights are others, and so are their results.
+
 For each shape, as many matrices as fill the working set lie in memory in every codec and as plain
 BF16. In every round all arms alternate; each multiplies all its matrices once. Ratios are taken
 within a round; median, least and most over the rounds are reported. GB/s are of BF16, whatever the
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SHAPES = "1408x2048,2048x1408,768x2048,5632x2048,14336x4096,151936x2048"
-RANKS = ("rank223", "rank3", "rank4")
+PACKED = ("rank223", "rank3", "rank4", "int8", "int4", "int2")
 
 
 def weights(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -197,7 +199,7 @@ def measure_beside(
     x, y = weights(case["columns"], columns, 99), np.empty((case["columns"], rows), np.uint16)
     plain = arms["raw"]
     runs = {"plain": multiply_all(engine, plain, x, y)}
-    runs |= {codec: multiply_all(engine, arms[codec], x, y) for codec in RANKS}
+    runs |= {codec: multiply_all(engine, arms[codec], x, y) for codec in PACKED}
     if case["isa"] in ("", "avx512bf16"):
         runs["torch"] = torch_all(plain.block, shape, x, case["threads"])
     if limited is not None:
@@ -286,7 +288,7 @@ def main() -> None:
     for shape in options.shapes:
         count = max(1, options.megabytes * 1_000_000 // (shape[0] * shape[1] * 2))
         sources = [weights(*shape, seed) for seed in range(min(count, 4))]
-        arms = {codec: Arm(codec, sources, count) for codec in (*RANKS, "raw")}
+        arms = {codec: Arm(codec, sources, count) for codec in (*PACKED, "raw")}
         bits[f"{shape[0]}x{shape[1]}"] = {name: round(arm.bits, 3) for name, arm in arms.items()}
         for case in cases(shape, options):
             busy = case.pop("busy", False)

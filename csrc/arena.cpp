@@ -47,11 +47,11 @@ Arena::Arena(std::size_t bytes) {
 
 // Several threads, whatever the number of cores: where the machine is a virtual one, a page may
 // have to come from its host, and what is waited for then is not a core of ours.
-void Arena::touch(std::size_t length) {
+void Arena::touch(std::size_t offset, std::size_t length) {
   const std::size_t part = (length / kTouchers + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
   std::vector<std::jthread> threads;
   for (std::size_t at = 0; at < length; at += part)
-    threads.emplace_back([stretch = this->at(at, std::min(part, length - at))] {
+    threads.emplace_back([stretch = this->at(offset + at, std::min(part, length - at))] {
       // Older kernels refuse; then pages come one by one, as they are read into.
       (void)madvise(stretch.data(), stretch.size(), MADV_POPULATE_WRITE);
     });

@@ -29,10 +29,10 @@ class Arena {
   [[nodiscard]] std::span<std::byte> at(std::size_t offset, std::size_t length) const {
     return bytes_.subspan(offset, length);
   }
-  // Has the memory of its first part ready. A direct read into a page that is not there yet waits
+  // Has the memory of a part ready. A direct read into a page that is not there yet waits
   // for it while the drive has nothing to do; on a virtual machine, whose host may have taken free
   // memory back, that made cold prompts several times slower than the drive.
-  void touch(std::size_t length);
+  void touch(std::size_t offset, std::size_t length);
   // The system takes the memory of a part back; it reads as zeros, and costs memory again from its
   // next use on. Not for memory that a ring has registered: that would stay, and be another's.
   void give_back(std::size_t offset, std::size_t length) noexcept;

@@ -120,16 +120,17 @@ void bind_codec(nb::module_& m) {
       "encode",
       [](const std::string& codec, const Weights& weights, std::uint32_t row_group,
          std::uint32_t k_tile, unsigned shards, unsigned threads, const std::string& isa,
-         bool allow_raw) {
+         bool allow_raw, std::uint32_t scale_group) {
         EncodeOptions options;
         options.geometry = {row_group, k_tile};
         options.shards = shards;
         options.threads = threads;
         options.allow_raw = allow_raw;
+        options.scale_group = scale_group;
         return encode_matrix(codec, weights, options, isa);
       },
       "codec"_a, "weights"_a, nb::kw_only(), "row_group"_a = 0, "k_tile"_a = 0, "shards"_a = 3,
-      "threads"_a = 1, "isa"_a = "", "allow_raw"_a = true);
+      "threads"_a = 1, "isa"_a = "", "allow_raw"_a = true, "scale_group"_a = 64);
   m.def(
       "decode",
       [](const std::string& codec, const std::pair<Extent, Extent>& extents, const Out& out,

@@ -42,15 +42,20 @@ ExpertCache::ExpertCache(std::vector<std::string> paths, std::span<const std::ui
              static_cast<std::uint32_t>(table_.records().size()), layout_),
       is_ahead_(table_.records().size()),
       num_usable_(static_cast<std::uint32_t>(layout_.tiers().compressed)),
-      allocated_bytes_(layout_.allocated_bytes()),
-      filled_bytes_(layout_.arena_bytes()) {
+      allocated_bytes_(layout_.allocated_bytes()) {
   const ReaderChoice choice = reader_choice(options.reader);
   shards_.reserve(paths_.size());
   for (const std::string& path : paths_) shards_.emplace_back(path, choice.buffering);
   table_.check_inside(shards_);
   arena_ = Arena(layout_.arena_bytes());
+  for (const SlotPool& pool : layout_.planes()) {
+    usable_.push_back(pool.num_slots);
+    filled_.push_back(pool.num_slots);
+  }
   if (options.limit_bytes != 0) set_limit(options.limit_bytes);
-  arena_.touch(filled_bytes_);
+  for (std::size_t i = 0; i < filled_.size(); ++i)
+    arena_.touch(layout_.planes()[i].begin, filled_[i] * layout_.planes()[i].stride);
+  arena_.touch(layout_.full().begin, layout_.full().num_slots * layout_.full().stride);
   reader_ = make_reader(choice, options.shape, *this);
   const bool direct = std::all_of(shards_.begin(), shards_.end(),
                                   [](const ShardFile& shard) { return shard.direct(); });
@@ -264,7 +269,7 @@ void ExpertCache::decode(std::uint64_t layer, std::uint64_t expert, std::uint64_
 CorruptError ExpertCache::located(const CorruptError& error, std::uint64_t layer,
                                   std::uint64_t expert, std::uint64_t matrix) const {
   const ExpertRecord& record = table_.records()[table_.find(layer, expert)];
-  const bool second = error.plane == kExponentPlane;
+  const bool second = error.plane == kExponentPlane || error.plane == kScalesPlane;
   const ExpertMatrix& place = table_.matrices(record)[matrix];
   return corrupt(record, error.reason + " in " + matrix_name(matrix, record.num_matrices),
                  place.extents[second ? 1 : 0].offset);

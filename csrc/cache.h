@@ -174,7 +174,8 @@ class ExpertCache final : private ReadSink {
   void finish_read(std::uint32_t expert, std::optional<Failure> failure);
   void set_limit(std::uint64_t most);
   void clear_beyond_limit();
-  void give_back(std::uint32_t slot);
+  void give_back(std::size_t pool, std::uint32_t slot);
+  void note_filled(std::size_t pool, std::uint32_t slot);
   void wait(Lock& lock);
   Holding hold(Lock& lock, std::uint32_t expert);
   Holding wait_for_read(Lock& lock, std::uint32_t expert);
@@ -214,8 +215,9 @@ class ExpertCache final : private ReadSink {
   std::deque<std::uint32_t> ahead_;                    // of what may come after it
   std::vector<bool> is_ahead_;                         // by expert: read ahead, not visited yet
   std::atomic<std::uint32_t> num_usable_;              // whole experts within the limit
+  std::vector<std::uint32_t> usable_;  // by pool, where the layout can shrink: slots within it
   std::uint64_t allocated_bytes_ = 0;
-  std::uint64_t filled_bytes_ = 0;  // of the arena, from its begin, that have been touched
+  std::vector<std::uint32_t> filled_;  // by pool: its first slots, that have been touched
   CacheCounters counters_;
   std::uint64_t num_users_ = 0;         // calls and leases under way
   std::uint64_t num_slot_waiters_ = 0;  // callers for whom no slot was left

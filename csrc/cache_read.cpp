@@ -24,7 +24,7 @@ bool ExpertCache::start_read(std::uint32_t expert, Victim victim) {
     const auto read = std::make_shared<Read>(plan_read(expert));
     reads_.insert_or_assign(expert, read);
     if (const auto slot = read->slots[0]; slot && layout_.can_shrink())
-      filled_bytes_ = std::max(filled_bytes_, layout_.slots_end(*slot + 1));
+      note_filled(layout_.pools_of(expert).first, *slot);
     submit(expert, *read);
   } catch (...) {
     tiers_.fail_read(expert);
@@ -44,7 +44,7 @@ void ExpertCache::for_each_extent(std::uint32_t expert, const Read& read, const 
       const ExtentPlace& extent = matrices[m].extents[i];
       const std::size_t which = layout_.pool_of(i);
       if (!read.slots[which] || extent.length == 0) continue;
-      const SlotPool& pool = layout_.planes()[which];
+      const SlotPool& pool = layout_.planes()[layout_.pools_of(expert).first + which];
       std::byte* begin =
           in_slot(pool, *read.slots[which], offset_in_slot(pool.part, matrices, m, i));
       act(m, extent, std::span(begin, extent.padded()));
@@ -117,8 +117,9 @@ void ExpertCache::finish_read(std::uint32_t expert, std::optional<Failure> failu
     if (read->num_waiters == 0) failed_.insert_or_assign(expert, *failure);
     tiers_.fail_read(expert);
     // Lowered while it was being read.
-    if (const auto slot = read->slots[0]; slot && layout_.can_shrink() && *slot >= num_usable_)
-      give_back(*slot);
+    const std::size_t pool = layout_.pools_of(expert).first;
+    if (const auto slot = read->slots[0]; slot && layout_.can_shrink() && *slot >= usable_[pool])
+      give_back(pool, *slot);
     read->failure = std::move(failure);
   } else {
     tiers_.end_read(expert, read->num_waiters);
@@ -163,7 +164,7 @@ CorruptError ExpertCache::corrupt(const ExpertRecord& record, const std::string&
     for (std::size_t i = 0; i < matrix.extents.size(); ++i) {
       const ExtentPlace& extent = matrix.extents[i];
       if (offset >= extent.offset && offset - extent.offset < extent.padded()) {
-        error.plane = plane_name(i);
+        error.plane = plane_name(matrix.spec.codec, i);
       }
     }
   }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "error.h"
+#include "integer_codec.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rank_codec.h"
@@ -20,6 +21,7 @@ static_assert(std::endian::native == std::endian::little, "the store's words are
 constexpr std::pair<Codec, std::string_view> kNames[] = {
     {Codec::raw, "raw"},     {Codec::rank223, "rank223"}, {Codec::rank3, "rank3"},
     {Codec::rank4, "rank4"}, {Codec::zstd, "zstd"},       {Codec::lz4hc, "lz4hc"},
+    {Codec::int8, "int8"},   {Codec::int4, "int4"},       {Codec::int2, "int2"},
 };
 constexpr std::uint64_t kPage = 4096;
 constexpr std::uint32_t kMaxElementBytes = 8;
@@ -106,6 +108,7 @@ void decode(const MatrixSpec& spec, const Extents& extents, const Target& target
   if (spec.element_bytes != sizeof(std::uint16_t))
     throw CorruptError("codec " + std::string(name(spec.codec)) + " is for 2-byte elements only");
   const Grid grid = grid_of(spec);
+  if (is_integer(spec.codec)) return decode_integers(spec.codec, grid, extents, target, threads);
   expect_length(extents.sign_mantissa, grid.weights(), kSignMantissaPlane);
   if (grid.blocks() == 0) return expect_length(extents.exponent, 0, kExponentPlane);
   if (is_sharded(spec.codec))
@@ -121,6 +124,8 @@ std::uint64_t decode_scratch_bytes(const MatrixSpec& spec) {
 Encoded encode(const Source& source, const EncodeOptions& options) {
   if (options.shards == 0 || options.shards > kMaxShards)
     throw std::invalid_argument("shards must be 1 to " + std::to_string(kMaxShards));
+  if (options.scale_group != 0 && options.scale_group != kGroupWeights)
+    throw std::invalid_argument("a scale is for 64 weights, or for a row (0)");
   Encoded encoded;
   if (options.codec == Codec::raw) {
     encode_raw(source, options.threads, encoded);
@@ -130,6 +135,10 @@ Encoded encode(const Source& source, const EncodeOptions& options) {
   encoded.geometry = options.geometry == Geometry{} ? choose_geometry(source.rows, source.columns)
                                                     : options.geometry;
   const Grid grid(source.rows, source.columns, encoded.geometry);
+  if (is_integer(options.codec)) {
+    encode_integers(source, grid, options, encoded);
+    return encoded;
+  }
   try {
     if (is_sharded(options.codec))
       encode_shards(source, grid, kernels(options.isa), options, encoded);

@@ -19,13 +19,24 @@ enum class Codec : std::uint16_t {
   rank3 = 2,
   rank4 = 3,
   zstd = 4,
-  lz4hc = 5
+  lz4hc = 5,
+  int8 = 6,  // these three are lossy
+  int4 = 7,
+  int2 = 8
 };
 
 std::string_view name(Codec codec);
 // Throw std::invalid_argument, naming what is unknown.
 Codec codec_from_name(std::string_view name);
 Codec codec_from_id(std::uint64_t id);
+
+constexpr bool is_integer(Codec codec) {
+  return codec == Codec::int8 || codec == Codec::int4 || codec == Codec::int2;
+}
+// Bits of extent 0 for each weight of a coded matrix.
+constexpr unsigned code_bits(Codec codec) {
+  return codec == Codec::int4 ? 4 : codec == Codec::int2 ? 2 : 8;
+}
 
 // What an index entry says of a matrix.
 struct MatrixSpec {
@@ -37,7 +48,7 @@ struct MatrixSpec {
 };
 
 // The exact bytes of both extents, without padding to 4096. Nothing beyond them is read. Any
-// alignment; 64 is fastest.
+// alignment; 64 is fastest. Integer codecs have their codes and their scales there.
 struct Extents {
   std::span<const std::uint8_t> sign_mantissa;  // extent 0
   std::span<const std::uint8_t> exponent;       // extent 1
@@ -72,7 +83,10 @@ struct EncodeOptions {
   unsigned shards = 3;      // of the exponent plane: zstd and lz4hc
   unsigned threads = 1;     // does not change the bytes
   Isa isa = Isa::portable;  // does not change the bytes
-  bool allow_raw = true;    // store raw where the coded form takes no less space
+  // Store raw where the coded form takes no less space; integers stay what was asked for.
+  bool allow_raw = true;
+  // Weights of a row that share a scale, 64, or 0 for all of it: integer codecs.
+  std::uint32_t scale_group = 64;
 };
 
 struct Encoded {
@@ -83,7 +97,8 @@ struct Encoded {
 };
 
 // Throws std::invalid_argument for options the format does not allow, std::length_error where the
-// coded form does not fit the format (over 4 GiB of variable part) and raw is not allowed.
+// coded form does not fit the format (over 4 GiB of variable part) and raw is not allowed,
+// std::domain_error for weights that integers cannot stand for: infinities and NaN.
 Encoded encode(const Source& source, const EncodeOptions& options);
 
 }  // namespace zipmoe

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "integer_codes.h"
 #include "kernels.h"
 
 namespace zipmoe {
@@ -45,6 +46,9 @@ struct Ahead {
 // Which activation stands between the first and the last product of an expert.
 enum class Gate : std::uint8_t { silu, gelu, gelu_tanh, relu, relu2 };
 
+using MultiplyIntegers = void (*)(const IntegerBlock& block, std::uint32_t height,
+                                  std::uint32_t width, const Columns& x, const Sums& sums);
+
 struct DotKernels {
   // The most columns that `coded*` take at once, up to kCodedColumns: beyond it, decoding into a
   // panel first is as good. 0 where there is no `coded*`.
@@ -57,6 +61,10 @@ struct DotKernels {
                         const Columns& x, const Sums& sums);
   std::size_t (*coded4)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
                         const Columns& x, const Sums& sums);
+  // A whole block of integer codes times 1 to kCodedColumns columns. With scales a group of 64
+  // weights is summed from 0 in the order above, and scale * sum is added to the sum of the output
+  // with a single rounding; without, the integers are summed as weights are.
+  MultiplyIntegers int8, int4, int2;
   // Four rows of plain weights, `stride` elements apart, times 1 to kPanelColumns columns.
   void (*panel)(const std::uint16_t* rows, std::ptrdiff_t stride, std::uint32_t width,
                 const Columns& x, const Sums& sums, const Ahead& ahead);

@@ -1,4 +1,5 @@
 // The products for AVX2 with FMA: the 16 sums of an output are two vectors.
+#include "dot_integers_avx2.h"
 #include "dot_pointwise.h"
 #include "lookup_avx2.h"
 #include "sums_avx2.h"
@@ -196,6 +197,9 @@ const DotKernels kAvx2Dot{
     .coded2 = coded<2>,
     .coded3 = coded<3>,
     .coded4 = coded<4>,
+    .int8 = integers<8>,
+    .int4 = integers<4>,
+    .int2 = integers<2>,
     .panel = panel,
     .rows = rows,
     .reduce = reduce,

@@ -1,55 +1,14 @@
-// The products for AVX-512, with and without vdpbf16ps: `Multiply` says how 32 weights and 32
-// values go into 16 sums. Internal linkage: each file that includes it has its own flags.
+// The products for AVX-512, with and without vdpbf16ps. Internal linkage: each file that includes
+// it has its own flags.
 #pragma once
+#include "dot_integers_avx512.h"
 #include "dot_pointwise.h"
+#include "dot_tile_avx512.h"
 #include "lookup_avx512.h"
 #include "sums_avx512.h"
 
 namespace zipmoe {
 namespace {
-
-// kRows x kColumns outputs whose sums are in registers.
-template <class Multiply, unsigned kColumns, unsigned kRows = 4>
-class Tile {
- public:
-  explicit Tile(const Sums& sums, std::uint32_t row) : sums_(sums), row_(row) {
-    if (sums.begin) {
-#pragma GCC unroll 4
-      for (unsigned r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-        for (unsigned c = 0; c < kColumns; ++c) at_[r][c] = _mm512_setzero_ps();
-    } else {
-#pragma GCC unroll 4
-      for (unsigned r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-        for (unsigned c = 0; c < kColumns; ++c) at_[r][c] = _mm512_loadu_ps(place(r, c));
-    }
-  }
-  [[gnu::always_inline]] void add(const __m512i (&weights)[kRows], const u16* x,
-                                  std::ptrdiff_t stride) {
-#pragma GCC unroll 8
-    for (unsigned c = 0; c < kColumns; ++c) {
-      const __m512i values = _mm512_loadu_si512(x + c * stride);
-#pragma GCC unroll 4
-      for (unsigned r = 0; r < kRows; ++r) at_[r][c] = Multiply::add(at_[r][c], weights[r], values);
-    }
-  }
-  void store() const {
-#pragma GCC unroll 4
-    for (unsigned r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (unsigned c = 0; c < kColumns; ++c) _mm512_storeu_ps(place(r, c), at_[r][c]);
-  }
-
- private:
-  float* place(unsigned r, unsigned c) const {
-    return sums_.data + (static_cast<std::ptrdiff_t>(c) * sums_.stride + row_ + r) *
-                            static_cast<std::ptrdiff_t>(kSums);
-  }
-  const Sums& sums_;
-  std::uint32_t row_;
-  __m512 at_[kRows][kColumns];
-};
 
 template <class Multiply, unsigned kBits, unsigned kColumns>
 std::size_t coded_block(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
@@ -175,6 +134,9 @@ constexpr DotKernels avx512_kernels() {
       .coded2 = coded<Multiply, 2>,
       .coded3 = coded<Multiply, 3>,
       .coded4 = coded<Multiply, 4>,
+      .int8 = integers<Multiply, 8>,
+      .int4 = integers<Multiply, 4>,
+      .int2 = integers<Multiply, 2>,
       .panel = panel<Multiply>,
       .rows = rows<Multiply>,
       .reduce = reduce,

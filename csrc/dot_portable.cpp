@@ -16,6 +16,42 @@ void row_column(const u16* row, std::uint32_t width, const u16* x, float* sums, 
   for (std::size_t i = 0; i < kSums; ++i) sums[i] = total[i];
 }
 
+// One group: its integers, their sums, and what becomes of those.
+void group_column(const std::int8_t (&integers)[kChunkColumns], const u16* scale, const u16* x,
+                  float* sums) {
+  float part[kSums];
+  for (std::size_t i = 0; i < kSums; ++i) part[i] = scale == nullptr ? sums[i] : 0.0F;
+  for (std::size_t k = 0; k < kChunkColumns; k += 2 * kSums)
+    for (std::size_t odd = 0; odd < 2; ++odd)
+      for (std::size_t i = 0; i < kSums; ++i)
+        part[i] += static_cast<float>(integers[k + 2 * i + odd]) * from_bf16(x[k + 2 * i + odd]);
+  for (std::size_t i = 0; i < kSums; ++i)
+    sums[i] = scale == nullptr ? part[i] : __builtin_fmaf(from_bf16(*scale), part[i], sums[i]);
+}
+
+template <unsigned kBits>
+void integers(const IntegerBlock& block, std::uint32_t height, std::uint32_t width,
+              const Columns& x, const Sums& sums) {
+  const std::uint8_t* chunk = block.codes;
+  std::size_t group = 0;
+  std::int8_t read[kChunkColumns];
+  for (std::uint32_t row = 0; row < height; row += kChunkRows)
+    for (std::uint32_t column = 0; column < width; column += kChunkColumns) {
+      for (unsigned r = 0; r < kChunkRows; ++r, ++group) {
+        read_integers<kBits>(chunk, r, read);
+        const u16* scale = block.scales == nullptr ? nullptr : block.scales + group;
+        for (std::uint32_t c = 0; c < x.count; ++c) {
+          float* out = sums.data + (static_cast<std::ptrdiff_t>(c) * sums.stride + row + r) *
+                                       static_cast<std::ptrdiff_t>(kSums);
+          if (sums.begin && column == 0)
+            for (std::size_t i = 0; i < kSums; ++i) out[i] = 0.0F;
+          group_column(read, scale, x.data + c * x.stride + column, out);
+        }
+      }
+      chunk += kChunkBytes<kBits>;
+    }
+}
+
 void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
            const Sums& sums, const Ahead&) {
   for (std::uint32_t c = 0; c < x.count; ++c)
@@ -43,6 +79,9 @@ const DotKernels kPortableDot{
     .coded2 = nullptr,
     .coded3 = nullptr,
     .coded4 = nullptr,
+    .int8 = integers<8>,
+    .int4 = integers<4>,
+    .int2 = integers<2>,
     .panel = panel,
     .reduce = reduce,
     .round = round_values,

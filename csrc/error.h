@@ -22,12 +22,15 @@ class CorruptError : public std::runtime_error {
   std::optional<std::string> tensor;
   std::optional<std::int64_t> layer;
   std::optional<std::int64_t> expert;
-  std::optional<std::string> plane;     // kSignMantissaPlane or kExponentPlane
+  std::optional<std::string> plane;     // one of the names below
   std::optional<std::uint64_t> offset;  // bytes from the start of the file
 };
 
 inline constexpr const char* kSignMantissaPlane = "sign-mantissa";
 inline constexpr const char* kExponentPlane = "exponent";
+// Those of the integer codecs.
+inline constexpr const char* kCodesPlane = "codes";
+inline constexpr const char* kScalesPlane = "scales";
 
 // The store is one that this zipmoe cannot read: an unknown codec, a shard that is no plain file.
 class FormatError : public std::runtime_error {

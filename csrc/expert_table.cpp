@@ -4,6 +4,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "integer_codec.h"
+
 namespace zipmoe {
 namespace {
 
@@ -34,9 +36,9 @@ class Complaint {
   void require(bool holds, const char* why) const {
     if (!holds) throw at(CorruptError(why));
   }
-  void require(bool holds, const char* why, std::size_t extent, std::uint64_t offset) const {
+  void require(bool holds, const char* why, const char* plane, std::uint64_t offset) const {
     if (holds) return;
-    CorruptError error(why, plane_name(extent));
+    CorruptError error(why, plane);
     error.offset = offset;
     throw at(std::move(error));
   }
@@ -87,8 +89,17 @@ MatrixSpec check_matrix(std::span<const std::uint64_t, kTableColumns> row, const
   }
   say.require(element == 2, "only BF16 matrices can be coded");
   say.require(is_valid(spec.geometry), "row group and k-tile are not allowed");
-  say.require(sign_mantissa == Grid(spec.rows, spec.columns, spec.geometry).weights(),
-              "the sign-mantissa plane must have one byte per weight");
+  const Grid grid(spec.rows, spec.columns, spec.geometry);
+  if (!is_integer(spec.codec)) {
+    say.require(sign_mantissa == grid.weights(),
+                "the sign-mantissa plane must have one byte per weight");
+    return spec;
+  }
+  try {
+    (void)IntegerLayout(spec.codec, grid, sign_mantissa, exponent);
+  } catch (const CorruptError& error) {
+    say.require(false, error.reason.c_str());
+  }
   return spec;
 }
 
@@ -134,7 +145,7 @@ void ExpertTable::add(Row row, std::span<const std::string> paths) {
     const std::size_t column = kExtents + kExtentColumns * extent;
     const ExtentPlace place{row[column], row[column + 1], row[column + 2]};
     const auto require = [&](bool holds, const char* why) {
-      say.require(holds, why, extent, place.offset);
+      say.require(holds, why, plane_name(matrix.spec.codec, extent), place.offset);
     };
     require(place.offset % kReadAlignment == 0, "an extent must begin at a multiple of 4096");
     require(place.length <= kMaxRecordBytes && record.length + place.padded() <= kMaxRecordBytes,
@@ -170,7 +181,8 @@ void ExpertTable::check_inside(std::span<const ShardFile> shards) const {
     const ShardFile& shard = shards[record.shard];
     Complaint(record.layer, record.expert, &shard.path())
         .require(record.offset + record.length <= shard.size(),
-                 "the record does not lie inside the file: is it truncated?", 0, record.offset);
+                 "the record does not lie inside the file: is it truncated?",
+                 plane_name(matrices(record).front().spec.codec, 0), record.offset);
   }
 }
 
@@ -217,7 +229,8 @@ std::string matrix_name(std::size_t matrix, std::size_t num_matrices) {
   return name + " (" + kRoles[kRoles.size() - num_matrices + matrix] + ")";
 }
 
-std::string plane_name(std::size_t extent) {
+const char* plane_name(Codec codec, std::size_t extent) {
+  if (is_integer(codec)) return extent == 0 ? kCodesPlane : kScalesPlane;
   return extent == 0 ? kSignMantissaPlane : kExponentPlane;
 }
 

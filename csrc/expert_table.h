@@ -87,6 +87,6 @@ class ExpertTable {
 // "matrix 1 (up)", say. Roles follow from the number: gate, up, down, or up, down.
 std::string matrix_name(std::size_t matrix, std::size_t num_matrices);
 // The plane's name of an extent, as errors use it.
-std::string plane_name(std::size_t extent);
+const char* plane_name(Codec codec, std::size_t extent);
 
 }  // namespace zipmoe

@@ -42,8 +42,9 @@ class Grid {
   std::uint64_t blocks() const { return row_groups_ * k_tiles_; }
   std::uint64_t row_group() const { return geometry_.row_group; }
   std::uint64_t k_tile() const { return geometry_.k_tile; }
-  // All weights with padding: the length of extent 0.
+  // All weights with padding.
   std::uint64_t weights() const { return padded_rows_ * padded_columns_; }
+  std::uint64_t padded_rows() const { return padded_rows_; }
 
   std::uint64_t first_row(std::uint64_t group) const { return group * row_group(); }
   std::uint64_t first_column(std::uint64_t tile) const { return tile * k_tile(); }

@@ -36,7 +36,7 @@ Extents Lease::extents(std::size_t which) const {
   const SlotLayout& layout = cache_->layout_;
   const auto part = [&](std::size_t extent) {
     const std::size_t pool = layout.pool_of(extent);
-    const SlotPool& slots = layout.planes()[pool];
+    const SlotPool& slots = layout.planes()[layout.pools_of(expert_).first + pool];
     return bytes(cache_->in_slot(slots, holding_.planes[pool],
                                  offset_in_slot(slots.part, matrices(), which, extent)),
                  matrix.extents[extent].length);

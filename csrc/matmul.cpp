@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "rank_codec.h"
+#include "scalar.h"
 
 namespace zipmoe {
 namespace {
@@ -36,7 +37,7 @@ Sums part(const Sums& sums, std::uint64_t row, std::uint32_t column) {
 
 bool PackedMatrix::is_multiplied_packed(Codec codec) {
   return codec == Codec::raw || codec == Codec::rank223 || codec == Codec::rank3 ||
-         codec == Codec::rank4;
+         codec == Codec::rank4 || is_integer(codec);
 }
 
 PackedMatrix::PackedMatrix(const MatrixSpec& spec, const Extents& extents)
@@ -54,6 +55,10 @@ PackedMatrix::PackedMatrix(const MatrixSpec& spec, const Extents& extents)
     grid_.emplace(spec.rows, spec.columns, spec.geometry);
     first = grid_->weights();
   }
+  if (is_integer(spec.codec)) {
+    layout_.emplace(spec.codec, *grid_, extents.sign_mantissa.size(), extents.exponent.size());
+    return;
+  }
   if (extents.sign_mantissa.size() != first)
     throw CorruptError("the plane has " + std::to_string(extents.sign_mantissa.size()) +
                            " bytes where such a matrix has " + std::to_string(first),
@@ -62,6 +67,12 @@ PackedMatrix::PackedMatrix(const MatrixSpec& spec, const Extents& extents)
     codes_.emplace(extents.exponent, spec.codec, *grid_);
   else if (!extents.exponent.empty())
     throw CorruptError("there are codes where there are none to be", kExponentPlane);
+}
+
+IntegerBlock PackedMatrix::block(std::uint64_t group, std::uint64_t tile) const {
+  const std::uint64_t first = grid_->first_weight(group, tile);
+  return {extents_.sign_mantissa.data() + layout_->first_code_byte(first),
+          layout_->has_row_scales() ? nullptr : scales() + first / kGroupWeights};
 }
 
 struct Multiplier::Strip {
@@ -102,7 +113,7 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
   const std::uint64_t unit = matrix.row_unit();
   // In between, the columns take the first cache, and each row group goes there alone.
   const bool is_coded = x.count <= kCodedTurns * dot_.coded_columns;
-  const bool together = is_coded || x.count >= kManyColumns;
+  const bool together = is_coded || x.count >= kManyColumns || matrix.layout_.has_value();
   const std::uint64_t step = together ? std::max(unit, kManyRows / unit * unit) : unit;
   for (std::uint64_t row = begin; row < end; row += step) {
     const std::uint64_t real = std::min(step, end - row);
@@ -111,14 +122,19 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
     const Strip strip{matrix, row, row + height, {sums, static_cast<std::ptrdiff_t>(height), true}};
     if (!matrix.grid_)
       raw(strip, x);
+    else if (matrix.layout_)
+      integers(strip, x);
     else if (is_coded)
       for (std::uint32_t c = 0; c < x.count; c += dot_.coded_columns)
         fused({matrix, strip.begin, strip.end, part(strip.sums, 0, c)},
               part(x, 0, c, std::min(dot_.coded_columns, x.count - c)));
     else
       by_panels(strip, x);
-    for (std::uint32_t c = 0; c < x.count; ++c)
-      dot_.reduce(sums + c * height * kSums, real, y + c * stride + (row - begin));
+    for (std::uint32_t c = 0; c < x.count; ++c) {
+      float* out = y + c * stride + (row - begin);
+      dot_.reduce(sums + c * height * kSums, real, out);
+      if (matrix.layout_ && matrix.layout_->has_row_scales()) scale_rows(matrix, row, real, out);
+    }
   }
 }
 
@@ -172,6 +188,33 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
       multiply_panels({panel, width, height, width, {}}, columns, sums);
     }
   }
+}
+
+// A few columns at a time, all rows of the strip: the columns stay in the first cache, and so do
+// the codes as long as they are few.
+void Multiplier::integers(const Strip& strip, const Columns& x) {
+  const PackedMatrix& matrix = strip.matrix;
+  const Grid& grid = *matrix.grid_;
+  const Codec codec = matrix.spec_.codec;
+  const MultiplyIntegers multiply = codec == Codec::int8   ? dot_.int8
+                                    : codec == Codec::int4 ? dot_.int4
+                                                           : dot_.int2;
+  Sums sums = strip.sums;
+  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
+    for (std::uint32_t c = 0; c < x.count; c += kCodedColumns) {
+      const Columns few = part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
+      for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
+        const std::uint64_t group = row / grid.row_group();
+        multiply(matrix.block(group, tile), static_cast<std::uint32_t>(grid.height(group)),
+                 static_cast<std::uint32_t>(grid.width(tile)), few,
+                 part(sums, row - strip.begin, c));
+      }
+    }
+}
+
+void Multiplier::scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,
+                            float* y) {
+  for (std::uint64_t row = 0; row < count; ++row) y[row] *= from_bf16(matrix.scales()[begin + row]);
 }
 
 // Decode a block; its padding columns become 0.
@@ -287,6 +330,8 @@ void Multiplier::decode_row(const PackedMatrix& matrix, std::uint64_t row, std::
     std::memcpy(out, matrix.extents_.sign_mantissa.data() + row * bytes, bytes);
     return;
   }
+  if (matrix.layout_)
+    throw std::invalid_argument("rows of integer codes are not decoded one by one");
   const Grid& grid = *matrix.grid_;
   const std::uint64_t group = row / grid.row_group();
   const Strip strip{matrix, grid.first_row(group), grid.first_row(group) + grid.height(group), {}};

@@ -10,6 +10,7 @@
 #include "codec.h"
 #include "dot.h"
 #include "geometry.h"
+#include "integer_codec.h"
 #include "rank_blocks.h"
 #include "rank_layout.h"
 
@@ -32,10 +33,16 @@ class PackedMatrix {
 
  private:
   friend class Multiplier;
+  // Of an integer codec.
+  [[nodiscard]] IntegerBlock block(std::uint64_t group, std::uint64_t tile) const;
+  [[nodiscard]] const std::uint16_t* scales() const {
+    return reinterpret_cast<const std::uint16_t*>(extents_.exponent.data());
+  }
   MatrixSpec spec_;
   Extents extents_;
-  std::optional<Grid> grid_;         // none for raw
-  std::optional<RankExtent> codes_;  // none for raw, and where there are no weights
+  std::optional<Grid> grid_;             // none for raw
+  std::optional<RankExtent> codes_;      // of a rank codec, where there are weights
+  std::optional<IntegerLayout> layout_;  // of an integer codec
 };
 
 // BF16 columns to multiply with, x[c * stride + k], as they come: nothing beyond the last k is
@@ -70,7 +77,10 @@ class Multiplier {
   struct Strip;  // consecutive row groups of one matrix
   void fused(const Strip& strip, const Columns& x);
   void by_panels(const Strip& strip, const Columns& x);
+  void integers(const Strip& strip, const Columns& x);
   void raw(const Strip& strip, const Columns& x);
+  static void scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,
+                         float* y);
   void decode_tile(const Strip& strip, std::uint64_t group, std::uint64_t tile,
                    std::uint16_t* panel, std::ptrdiff_t stride);
   ReadyBlock prepare(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile);

@@ -13,7 +13,7 @@ namespace {
 // What is neither slots nor tables: the ring, the stacks of the reader's threads as far as they are
 // used, requests under way, messages of errors.
 constexpr std::uint64_t kOverheadBytes = std::uint64_t{1} << 20;
-constexpr std::uint64_t kPerRecord = sizeof(std::uint32_t) + 1;  // wanted; read ahead
+constexpr std::uint64_t kPerRecord = sizeof(std::uint32_t) + 2;  // wanted; read ahead; its class
 constexpr std::uint64_t kPerSlot = 192;                          // the read under way
 constexpr std::uint64_t kDecodedAlignment = 64;
 
@@ -60,23 +60,47 @@ std::uint64_t slot_bytes(const ExpertTable& table, Part part) {
   return pool_bytes(table, 1, stride) - pool_bytes(table, 0, stride);
 }
 
-std::uint64_t least_bytes(const ExpertTable& table) {
-  return bytes_without_pools(table) +
-         pool_bytes(table, SlotLayout::kLeastSlots, table.largest_record_bytes());
+// What a cache of records without a slot takes.
+std::uint64_t bytes_without_slots(const ExpertTable& table, const SlotClasses& classes) {
+  return bytes_without_pools(table) + classes.count() * pool_bytes(table, 0, 0);
 }
 
-void check_two_planes(const ExpertTable& table, const TierCounts& tiers) {
+std::vector<SlotPool> record_pools(const SlotClasses& classes, std::uint64_t num_experts) {
+  std::vector<SlotPool> pools;
+  for (const std::uint32_t num_slots : classes.slots(num_experts, SlotLayout::kLeastSlots))
+    pools.push_back(
+        {.part = Part::record, .num_slots = num_slots, .stride = classes.stride(pools.size())});
+  return pools;
+}
+
+// What one takes with the least number of slots.
+std::uint64_t least_bytes(const ExpertTable& table) {
+  const SlotClasses classes(table);
+  std::uint64_t bytes = bytes_without_pools(table);
+  for (const SlotPool& pool : record_pools(classes, 0))
+    bytes += pool_bytes(table, pool.num_slots, pool.stride);
+  return bytes;
+}
+
+void check_tiers(const ExpertTable& table, const TierCounts& tiers) {
   if (tiers.full == 0 && tiers.sign_mantissa == 0 && tiers.exponents == 0) return;
   if (stride_of(table, Part::exponents) == 0)
     throw std::invalid_argument(
         "the experts are stored raw: they have one plane, and no tier but compressed");
+  for (const ExpertRecord& record : table.records())
+    for (const ExpertMatrix& matrix : table.matrices(record))
+      if (is_integer(matrix.spec.codec))
+        throw std::invalid_argument(
+            "the experts are stored as integers: they have no tier but compressed");
 }
 
 }  // namespace
 
 SlotLayout::SlotLayout(const ExpertTable& table, std::uint64_t capacity_bytes,
-                       const std::optional<TierCounts>& tiers) {
-  record_bytes_ = slot_bytes(table, Part::record);
+                       const std::optional<TierCounts>& tiers)
+    : classes_(table), empty_bytes_(bytes_without_slots(table, classes_)) {
+  for (std::size_t i = 0; i < classes_.count(); ++i)
+    record_bytes_.push_back(pool_bytes(table, 1, classes_.stride(i)) - pool_bytes(table, 0, 0));
   const std::uint64_t floor = least_bytes(table);
   if (capacity_bytes < floor)
     throw BudgetError("the expert cache needs " + std::to_string(floor) + " bytes, " +
@@ -85,13 +109,11 @@ SlotLayout::SlotLayout(const ExpertTable& table, std::uint64_t capacity_bytes,
                           " bytes and its own tables",
                       floor);
   if (!tiers) {
-    const std::uint64_t base =
-        bytes_without_pools(table) + pool_bytes(table, 0, stride_of(table, Part::record));
-    planes_ = {pool_of_part(table, Part::record, (capacity_bytes - base) / record_bytes_)};
+    planes_ = record_pools(classes_, most_experts(capacity_bytes));
   } else {
-    check_two_planes(table, *tiers);
+    check_tiers(table, *tiers);
     if (tiers->sign_mantissa == 0 && tiers->exponents == 0)
-      planes_ = {pool_of_part(table, Part::record, tiers->compressed)};
+      planes_ = record_pools(classes_, tiers->compressed);
     else
       planes_ = {pool_of_part(table, Part::sign_mantissa, tiers->compressed + tiers->sign_mantissa),
                  pool_of_part(table, Part::exponents, tiers->compressed + tiers->exponents)};
@@ -114,17 +136,27 @@ SlotLayout::SlotLayout(const ExpertTable& table, std::uint64_t capacity_bytes,
                       allocated_bytes_);
 }
 
-std::uint64_t SlotLayout::allocated_bytes(std::uint32_t num_slots) const {
-  return allocated_bytes_ - (planes_.front().num_slots - num_slots) * record_bytes_;
+std::uint64_t SlotLayout::allocated_bytes(std::span<const std::uint32_t> num_slots) const {
+  std::uint64_t bytes = empty_bytes_;
+  for (std::size_t i = 0; i < num_slots.size(); ++i) bytes += num_slots[i] * record_bytes_[i];
+  return bytes;
 }
 
-std::uint32_t SlotLayout::slots_within(std::uint64_t bytes) const {
-  const std::uint32_t all = planes_.front().num_slots;
-  const std::uint64_t missing = allocated_bytes_ - std::min(bytes, allocated_bytes_);
-  const std::uint64_t fewer = (missing + record_bytes_ - 1) / record_bytes_;
-  const std::uint64_t left = all - std::min<std::uint64_t>(fewer, all);
-  return static_cast<std::uint32_t>(
-      std::max<std::uint64_t>(left, std::min<std::uint64_t>(kLeastSlots, all)));
+// The most experts whose slots fit: with every one more, no class has fewer.
+std::uint64_t SlotLayout::most_experts(std::uint64_t bytes) const {
+  std::uint64_t fits = 0, too_many = classes_.num_experts() + 1;
+  while (too_many - fits > 1) {
+    const std::uint64_t middle = fits + (too_many - fits) / 2;
+    (allocated_bytes(classes_.slots(middle, kLeastSlots)) <= bytes ? fits : too_many) = middle;
+  }
+  return fits;
+}
+
+std::vector<std::uint32_t> SlotLayout::slots_within(std::uint64_t bytes) const {
+  std::vector<std::uint32_t> slots = classes_.slots(most_experts(bytes), kLeastSlots);
+  for (std::size_t i = 0; i < slots.size(); ++i)
+    slots[i] = std::min(slots[i], planes_[i].num_slots);
+  return slots;
 }
 
 std::uint64_t SlotLayout::floor_bytes(const ExpertTable& table) { return least_bytes(table); }
@@ -138,6 +170,11 @@ std::array<std::uint64_t, 5> SlotLayout::tier_bytes(const ExpertTable& table) {
 }
 
 TierCounts SlotLayout::tiers() const {
+  if (has_records()) {
+    std::uint64_t slots = 0;
+    for (const SlotPool& pool : planes_) slots += pool.num_slots;
+    return {.full = full_.num_slots, .compressed = slots};
+  }
   const std::uint64_t first = planes_.front().num_slots, last = planes_.back().num_slots;
   const std::uint64_t whole = std::min(first, last);
   return {full_.num_slots, whole, first - whole, last - whole};

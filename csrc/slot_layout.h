@@ -1,5 +1,6 @@
 // How the memory of the expert cache is cut: pools of equal slots, each for one part of an expert.
-// So any expert fits any slot of a pool, and nothing is ever moved. Pure arithmetic.
+// So any expert fits any slot of its pool, and nothing is ever moved. Records have a pool for each
+// class of lengths (slot_classes.h), planes one for all. Pure arithmetic.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "expert_table.h"
+#include "slot_classes.h"
 
 namespace zipmoe {
 
@@ -36,6 +38,11 @@ struct SlotPool {
 
 inline constexpr std::size_t kMaxPlanePools = 2;
 
+// The pools that one expert has its slots in.
+struct PoolRange {
+  std::size_t first = 0, count = 1;
+};
+
 class SlotLayout {
  public:
   // Without `tiers` all slots are for records, as many as fit. With them the pools hold just these
@@ -46,7 +53,8 @@ class SlotLayout {
   // same memory, and never reads more (docs/decisions/0013-tiers.md).
   //
   // Throws BudgetError where they do not fit, std::invalid_argument for tiers that need two planes
-  // where all is stored raw.
+  // where all is stored raw, and for any but compressed where experts are integers: decoded ones
+  // would be multiplied in another order, and bits must not depend on the cache.
   SlotLayout(const ExpertTable& table, std::uint64_t capacity_bytes,
              const std::optional<TierCounts>& tiers);
 
@@ -59,10 +67,12 @@ class SlotLayout {
   [[nodiscard]] std::span<const SlotPool> planes() const { return planes_; }
   // That of decoded experts; it may have no slots.
   [[nodiscard]] const SlotPool& full() const { return full_; }
-  // The pool of an extent.
-  [[nodiscard]] std::size_t pool_of(std::size_t extent) const {
-    return planes_.size() == 1 ? 0 : extent;
+  // Those of a record: of its class, or of each plane.
+  [[nodiscard]] PoolRange pools_of(std::uint32_t record) const {
+    return has_records() ? PoolRange{classes_.of(record), 1} : PoolRange{0, planes_.size()};
   }
+  // The pool of an extent, counted from the first of its record.
+  [[nodiscard]] std::size_t pool_of(std::size_t extent) const { return has_records() ? 0 : extent; }
   // What is held when all slots are taken.
   [[nodiscard]] TierCounts tiers() const;
   [[nodiscard]] std::uint64_t arena_bytes() const;
@@ -71,22 +81,23 @@ class SlotLayout {
 
   // Whether fewer slots than there are may be used for a while: those of records, if there are no
   // others.
-  [[nodiscard]] bool can_shrink() const { return planes_.size() == 1 && full_.num_slots == 0; }
-  // Of such a layout: what a cache of its first slots takes, how many fit into so much (at least
-  // kLeastSlots, at most all), and where they end in the arena.
-  [[nodiscard]] std::uint64_t allocated_bytes(std::uint32_t num_slots) const;
-  [[nodiscard]] std::uint32_t slots_within(std::uint64_t bytes) const;
-  [[nodiscard]] std::uint64_t slots_end(std::uint32_t num_slots) const {
-    return num_slots * planes_.front().stride;
-  }
+  [[nodiscard]] bool can_shrink() const { return has_records() && full_.num_slots == 0; }
+  // Of such a layout, by pool: what a cache of its first slots takes, and how many fit into so much
+  // (at least kLeastSlots, at most all).
+  [[nodiscard]] std::uint64_t allocated_bytes(std::span<const std::uint32_t> num_slots) const;
+  [[nodiscard]] std::vector<std::uint32_t> slots_within(std::uint64_t bytes) const;
 
  private:
+  [[nodiscard]] bool has_records() const { return planes_.front().part == Part::record; }
   [[nodiscard]] std::uint64_t needed_bytes(const ExpertTable& table) const;
+  [[nodiscard]] std::uint64_t most_experts(std::uint64_t bytes) const;
 
+  SlotClasses classes_;
+  std::vector<std::uint64_t> record_bytes_;  // by class: that a slot for a record adds
+  std::uint64_t empty_bytes_ = 0;            // what a cache of records without a slot takes
   std::vector<SlotPool> planes_;
   SlotPool full_{.part = Part::decoded};
   std::uint64_t allocated_bytes_ = 0;
-  std::uint64_t record_bytes_ = 0;  // that a slot for a record adds
 };
 
 // Where an extent lies in a slot of a pool of planes or records.

@@ -5,7 +5,8 @@
 
 namespace zipmoe {
 
-Tiers::Tiers(const MakePolicy& make_policy, std::uint32_t num_experts, const SlotLayout& layout) {
+Tiers::Tiers(const MakePolicy& make_policy, std::uint32_t num_experts, const SlotLayout& layout)
+    : layout_(layout) {
   for (const SlotPool& pool : layout.planes())
     planes_.emplace_back(make_policy(), num_experts, pool.num_slots);
   if (layout.full().num_slots > 0)
@@ -16,6 +17,16 @@ template <class Do>
 void Tiers::for_each_pool(const Do& act) {
   for (Residency& pool : planes_) act(pool);
   if (full_) act(*full_);
+}
+
+std::span<Residency> Tiers::own(std::uint32_t expert) {
+  const PoolRange range = layout_.pools_of(expert);
+  return std::span(planes_).subspan(range.first, range.count);
+}
+
+std::span<const Residency> Tiers::own(std::uint32_t expert) const {
+  const PoolRange range = layout_.pools_of(expert);
+  return std::span(planes_).subspan(range.first, range.count);
 }
 
 void Tiers::begin_request(double share) {
@@ -40,8 +51,8 @@ void Tiers::resume(std::uint32_t layer, std::span<const std::uint32_t> experts) 
   for_each_pool([&](Residency& pool) { pool.resume(layer, experts); });
 }
 
-std::optional<Residency::Departure> Tiers::depart() {
-  Residency& pool = planes_.front();
+std::optional<Residency::Departure> Tiers::depart(std::size_t which) {
+  Residency& pool = planes_[which];
   const std::uint64_t before = pool.num_evictions();
   const auto departure = pool.depart();
   num_evictions_ += pool.num_evictions() - before;
@@ -54,8 +65,9 @@ void Tiers::expect(std::span<const std::uint32_t> experts) {
 
 Tier Tiers::tier(std::uint32_t expert) const {
   if (is_decoded(expert)) return Tier::full;
-  const bool first = planes_.front().slot_of(expert).has_value();
-  const bool last = planes_.back().slot_of(expert).has_value();
+  const auto pools = own(expert);
+  const bool first = pools.front().slot_of(expert).has_value();
+  const bool last = pools.back().slot_of(expert).has_value();
   if (first && last) return Tier::compressed;
   if (first) return Tier::sign_mantissa;
   return last ? Tier::exponents : Tier::absent;
@@ -67,26 +79,28 @@ bool Tiers::is_decoded(std::uint32_t expert) const {
 }
 
 bool Tiers::are_planes_resident(std::uint32_t expert) const {
-  return std::all_of(planes_.begin(), planes_.end(), [&](const Residency& pool) {
+  const auto pools = own(expert);
+  return std::all_of(pools.begin(), pools.end(), [&](const Residency& pool) {
     const auto slot = pool.slot_of(expert);
     return slot && pool.state(*slot) == SlotState::resident;
   });
 }
 
 bool Tiers::holds_plane(std::uint32_t expert) const {
-  return std::any_of(planes_.begin(), planes_.end(),
+  const auto pools = own(expert);
+  return std::any_of(pools.begin(), pools.end(),
                      [&](const Residency& pool) { return pool.slot_of(expert).has_value(); });
 }
 
 bool Tiers::begin_read(std::uint32_t expert, Victim victim) {
   const auto misses = [&](const Residency& pool) { return !pool.slot_of(expert); };
   // Who has to leave one pool must not leave in vain because another has no room.
-  if (planes_.size() > 1 &&
-      !std::all_of(planes_.begin(), planes_.end(), [&](const Residency& pool) {
+  const auto pools = own(expert);
+  if (pools.size() > 1 && !std::all_of(pools.begin(), pools.end(), [&](const Residency& pool) {
         return !misses(pool) || pool.can_take(expert, victim);
       }))
     return false;
-  for (Residency& pool : planes_) {
+  for (Residency& pool : pools) {
     if (!misses(pool)) {
       pool.pin(*pool.slot_of(expert));
       continue;
@@ -107,15 +121,16 @@ void Tiers::count_leaving(const Taken& taken) {
 std::array<std::optional<std::uint32_t>, kMaxPlanePools> Tiers::slots_to_read(
     std::uint32_t expert) const {
   std::array<std::optional<std::uint32_t>, kMaxPlanePools> slots;
-  for (std::size_t i = 0; i < planes_.size(); ++i) {
-    const auto slot = planes_[i].slot_of(expert);
-    if (slot && planes_[i].state(*slot) == SlotState::reading) slots[i] = slot;
+  const auto pools = own(expert);
+  for (std::size_t i = 0; i < pools.size(); ++i) {
+    const auto slot = pools[i].slot_of(expert);
+    if (slot && pools[i].state(*slot) == SlotState::reading) slots[i] = slot;
   }
   return slots;
 }
 
 void Tiers::end_read(std::uint32_t expert, std::uint32_t num_waiters) {
-  for (Residency& pool : planes_) {
+  for (Residency& pool : own(expert)) {
     const std::uint32_t slot = *pool.slot_of(expert);
     const bool was_read = pool.state(slot) == SlotState::reading;
     if (was_read) pool.set_resident(slot);
@@ -125,7 +140,7 @@ void Tiers::end_read(std::uint32_t expert, std::uint32_t num_waiters) {
 }
 
 void Tiers::fail_read(std::uint32_t expert) {
-  for (Residency& pool : planes_) {
+  for (Residency& pool : own(expert)) {
     const std::uint32_t slot = *pool.slot_of(expert);
     if (pool.state(slot) == SlotState::reading)
       pool.vacate(slot);
@@ -143,13 +158,15 @@ Holding Tiers::hold(std::uint32_t expert) {
     return holding;
   }
   const Holding holding = held_planes(expert);
-  for (std::size_t i = 0; i < planes_.size(); ++i) planes_[i].pin(holding.planes[i]);
+  const auto pools = own(expert);
+  for (std::size_t i = 0; i < pools.size(); ++i) pools[i].pin(holding.planes[i]);
   return holding;
 }
 
 Holding Tiers::held_planes(std::uint32_t expert) const {
   Holding holding;
-  for (std::size_t i = 0; i < planes_.size(); ++i) holding.planes[i] = *planes_[i].slot_of(expert);
+  const auto pools = own(expert);
+  for (std::size_t i = 0; i < pools.size(); ++i) holding.planes[i] = *pools[i].slot_of(expert);
   return holding;
 }
 
@@ -166,7 +183,8 @@ void Tiers::end_promotion(std::uint32_t expert, Holding& holding) {
   full_->pin(*holding.full);
   holding.is_decoded = true;
   ++num_promotions_;
-  for (std::size_t i = 0; i < planes_.size(); ++i) planes_[i].unpin(holding.planes[i]);
+  const auto pools = own(expert);
+  for (std::size_t i = 0; i < pools.size(); ++i) pools[i].unpin(holding.planes[i]);
   drop_planes(expert);
 }
 
@@ -175,14 +193,15 @@ void Tiers::let_go(std::uint32_t expert, const Holding& holding) {
     full_->unpin(*holding.full);
     return;
   }
-  for (std::size_t i = 0; i < planes_.size(); ++i) planes_[i].unpin(holding.planes[i]);
+  const auto pools = own(expert);
+  for (std::size_t i = 0; i < pools.size(); ++i) pools[i].unpin(holding.planes[i]);
   if (holding.full) full_->vacate(*holding.full);
   if (is_decoded(expert)) drop_planes(expert);
 }
 
 // Those that nobody else is using; who does will drop them.
 void Tiers::drop_planes(std::uint32_t expert) {
-  for (Residency& pool : planes_)
+  for (Residency& pool : own(expert))
     if (pool.may_go(expert)) pool.vacate(*pool.slot_of(expert));
 }
 

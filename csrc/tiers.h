@@ -8,6 +8,7 @@
 // Decoded experts hold no planes. An expert becomes one when it is used and worth more than the
 // least of them; that one is dropped, for coding it again would take longer than reading it.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <functional>
@@ -28,7 +29,8 @@ inline constexpr std::size_t kNumTiers = 5;
 
 // The slots of an expert in use.
 struct Holding {
-  std::array<std::uint32_t, kMaxPlanePools> planes{};  // by pool; meaningless if it is decoded
+  std::array<std::uint32_t, kMaxPlanePools> planes{};  // by pool of the expert's; meaningless if
+                                                       // it is decoded
   std::optional<std::uint32_t> full;  // where it is decoded, or will be, as `is_decoded` says
   bool is_decoded = false;
 };
@@ -36,6 +38,7 @@ struct Holding {
 class Tiers {
  public:
   using MakePolicy = std::function<std::unique_ptr<Policy>()>;
+  // The layout must stay where it is.
   Tiers(const MakePolicy& make_policy, std::uint32_t num_experts, const SlotLayout& layout);
 
   // See Residency.
@@ -63,7 +66,7 @@ class Tiers {
 
   // A read: gives what is missing its slots and holds on to what is there. All or nothing.
   bool begin_read(std::uint32_t expert, Victim victim);
-  // By pool: the slot, if it is being read into.
+  // By pool of the expert's: the slot, if it is being read into.
   [[nodiscard]] std::array<std::optional<std::uint32_t>, kMaxPlanePools> slots_to_read(
       std::uint32_t expert) const;
   // The read has ended well: the expert can be used, and is held for each of those who wait.
@@ -71,16 +74,16 @@ class Tiers {
   // It has not: what was to be read is not there.
   void fail_read(std::uint32_t expert);
 
-  // See Residency; of the only pool of a layout that can shrink.
-  void set_limit(std::uint32_t num_slots) { planes_.front().set_limit(num_slots); }
-  [[nodiscard]] bool is_full() const { return planes_.front().is_full(); }
-  [[nodiscard]] bool is_slot_empty(std::uint32_t slot) const {
-    return planes_.front().state(slot) == SlotState::empty;
+  // See Residency; of a pool of a layout that can shrink.
+  void set_limit(std::size_t pool, std::uint32_t num_slots) { planes_[pool].set_limit(num_slots); }
+  [[nodiscard]] bool is_full() const {
+    return std::all_of(planes_.begin(), planes_.end(),
+                       [](const Residency& pool) { return pool.is_full(); });
   }
-  [[nodiscard]] std::uint32_t expert_in(std::uint32_t slot) const {
-    return planes_.front().expert_in(slot);
+  [[nodiscard]] bool is_slot_empty(std::size_t pool, std::uint32_t slot) const {
+    return planes_[pool].state(slot) == SlotState::empty;
   }
-  std::optional<Residency::Departure> depart();
+  std::optional<Residency::Departure> depart(std::size_t pool);
 
   // Holds an expert that can be used.
   Holding hold(std::uint32_t expert);
@@ -100,11 +103,15 @@ class Tiers {
  private:
   template <class Do>
   void for_each_pool(const Do& act);
+  // The pools that the expert has its planes in.
+  [[nodiscard]] std::span<Residency> own(std::uint32_t expert);
+  [[nodiscard]] std::span<const Residency> own(std::uint32_t expert) const;
   [[nodiscard]] bool are_planes_resident(std::uint32_t expert) const;
   [[nodiscard]] bool holds_plane(std::uint32_t expert) const;
   void count_leaving(const Taken& taken);
   void drop_planes(std::uint32_t expert);
 
+  const SlotLayout& layout_;
   std::vector<Residency> planes_;  // by pool
   std::optional<Residency> full_;
   std::uint64_t num_evictions_ = 0;   // experts of which nothing is left

@@ -80,8 +80,13 @@ def sweep(family: Family, folder: Path, *, tied: bool | None = None, seed: int =
 
 
 def compare(expected: Answers, store: Path) -> list[str]:
-    """Load a store and say where it answers otherwise than expected."""
+    """Load a store and say where it answers otherwise than expected.
+
+    Raises LossyError for a store that is not to give stock's bits at all.
+    """
     with zipmoe.load(store, memory="64GB", compute="torch") as loaded:
+        if loaded.runtime.lossy:
+            raise zipmoe.LossyError(f"{store} is {loaded.runtime.lossy.summary()}")
         differences = expected.differences(answers(loaded.model))
         counters = loaded.runtime.cache.counters()
         assert counters["hits"] + counters["misses"] > 0, "no expert was asked for"

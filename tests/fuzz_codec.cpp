@@ -70,11 +70,15 @@ class Fuzzer {
 
   Coded make() {
     constexpr Codec kCodecs[] = {Codec::rank223, Codec::rank3, Codec::rank4,
-                                 Codec::zstd,    Codec::lz4hc, Codec::raw};
+                                 Codec::zstd,    Codec::lz4hc, Codec::raw,
+                                 Codec::int8,    Codec::int4,  Codec::int2};
     const std::uint64_t rows = 1 + pick(40), columns = 1 + pick(400);
-    const Words weights = some_weights(rows * columns);
+    Words weights = some_weights(rows * columns);
     EncodeOptions options;
     options.codec = kCodecs[pick(std::size(kCodecs))];
+    options.scale_group = pick(2) == 0 ? 0 : 64;
+    if (is_integer(options.codec))  // they have none for infinities and NaN
+      for (std::uint16_t& word : weights) word &= 0xBFFF;
     options.geometry = some_geometry();
     options.allow_raw = false;
     const Encoded encoded =

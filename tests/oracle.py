@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 CODECS = {0: "raw", 1: "rank223", 2: "rank3", 3: "rank4", 4: "zstd", 5: "lz4hc"}  # section 7
+CODECS |= {6: "int8", 7: "int4", 8: "int2"}
 DTYPES = {  # section 8: id → name, bytes
     1: ("BF16", 2), 2: ("F16", 2), 3: ("F32", 4), 4: ("F64", 8), 5: ("F8_E4M3", 1),
     6: ("F8_E5M2", 1), 7: ("I8", 1), 8: ("I16", 2), 9: ("I32", 4), 10: ("I64", 8),
@@ -249,12 +250,68 @@ def sharded_exponents(codec, extent, total):
     return np.frombuffer(b"".join(planes), np.uint8)
 
 
+# Section 7.4: int8, int4 and int2
+
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+def integers_of(codec, data, blocks):
+    """The integers of each block, [height, width]."""
+    bits = BITS[codec]
+    found, at = [], 0
+    for _, _, height, width in blocks:
+        codes = np.frombuffer(data[at : at + height * width * bits // 8], np.uint8)
+        at += codes.size
+        if bits == 8:
+            found.append(place(codes, height, width).view(np.int8).astype(int))
+            continue
+        words = codes.view("<u2").reshape(height // 4, width // 64, -1, 32)  # units of 64 bytes
+        fields = np.stack([(words >> shift) & (2**bits - 1) for shift in range(0, 16, bits)], 3)
+        # Unit, then field, count the halves of rows 0 to 3.
+        rows = fields.reshape(height // 4, width // 64, 4, 64).astype(int)
+        signed = np.where(rows < 2 ** (bits - 1), rows, rows - 2**bits)
+        integers = signed.transpose(0, 2, 1, 3).reshape(height, width)
+        found.append(2 * integers + 1 if bits == 2 else integers)
+    assert at == len(data)
+    return found
+
+
+def scaled(codec, extents, rows, columns, geometry):
+    """[rows, columns] of BF16: each integer times its scale, rounded to nearest even."""
+    blocks = blocks_of(rows, columns, *geometry)
+    scales = (np.frombuffer(extents[1], "<u2").astype(np.uint32) << 16).view(np.float32)
+    assert np.isfinite(scales).all()
+    assert not np.signbit(scales).any()
+    out = np.zeros((rows, columns), np.uint16)
+    by_row = len(scales) == ceil(rows, 4)
+    at = 0
+    for block, (top, left, height, width) in zip(
+        integers_of(codec, extents[0], blocks), blocks, strict=True
+    ):
+        if by_row:
+            own = np.repeat(scales[top : top + height, None], width, axis=1)
+        else:
+            part = scales[at : at + height * width // 64].reshape(height // 4, width // 64, 4)
+            at += height * width // 64
+            own = np.repeat(part.transpose(0, 2, 1).reshape(height, width // 64), 64, axis=1)
+        bits = np.ascontiguousarray(block * own, np.float32).view(np.uint32)
+        words = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        out[top : top + height, left : left + width] = words[: rows - top, : columns - left]
+        outside = np.ones_like(block, bool)
+        outside[: rows - top, : columns - left] = False
+        assert (block[outside] == (1 if codec == "int2" else 0)).all()  # padding: code 0
+    assert by_row or at == len(scales)
+    return out
+
+
 def decode_matrix(codec, extents, rows, columns, geometry, item_bytes=2):
     """[rows, columns] of item_bytes-wide words."""
     if codec == "raw":
         assert extents[1] == b""
         assert geometry == (0, 0)
         return np.frombuffer(extents[0], f"<u{item_bytes}").reshape(rows, columns)
+    if codec in BITS:
+        return scaled(codec, extents, rows, columns, geometry)
     blocks = blocks_of(rows, columns, *geometry)
     sizes = [height * width for _, _, height, width in blocks]
     signs = np.frombuffer(extents[0], np.uint8)
@@ -288,7 +345,7 @@ def read_manifest(folder: Path):
     assert tail == f',\n "xxh3": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
     manifest = json.loads(data)
     assert manifest["format"] == "zipmoe"
-    assert manifest["format_version"] == "1.0"
+    assert manifest["format_version"] == ("1.1" if "lossy" in manifest else "1.0")
     return manifest
 
 
@@ -321,6 +378,9 @@ def read_store(folder: Path):
                 module = manifest["layers"][entry["layer"]]["module"]
                 assert name == f"{module}.{entry['expert']}"
                 experts[entry["layer"], entry["expert"], ROLES[entry["role"]]] = matrix
+                bits = BITS.get(CODECS[entry["codec"]], 16)
+                said = manifest["lossy"]["bits"] if "lossy" in manifest else None
+                assert bits == (said[entry["layer"]][entry["expert"]] if said else 16)
     return manifest, experts, dense
 
 

@@ -21,7 +21,7 @@ import torch
 from checkpoints import FAMILIES
 from test_store import write_manifest
 
-import zipmoe.pack
+from zipmoe import _write
 from zipmoe._errors import CheckpointError, CorruptError, MismatchError, SpaceError, StoreError
 from zipmoe._journal import Journal
 from zipmoe._shard import CodedMatrix, MatrixPlan, RecordPlan, _header_text, plan_shards
@@ -100,7 +100,7 @@ def test_the_store_does_not_depend_on_the_number_of_threads(tiny_checkpoint, tmp
     folder = tiny_checkpoint("qwen2_moe")
     pack_checkpoint(folder, tmp_path / "one", jobs=1)
     pack_checkpoint(folder, tmp_path / "many", jobs=7)
-    monkeypatch.setattr(zipmoe.pack, "IN_FLIGHT_BYTES", 1)  # every record alone, with all threads
+    monkeypatch.setattr(_write, "IN_FLIGHT_BYTES", 1)  # every record alone, with all threads
     pack_checkpoint(folder, tmp_path / "alone", jobs=3)
     assert content(tmp_path / "one") == content(tmp_path / "many") == content(tmp_path / "alone")
 
@@ -127,7 +127,7 @@ def stop_after(calls):
 def test_an_interrupted_pack_continues_to_the_same_bytes(
     calls, tiny_checkpoint, tiny_store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zipmoe.pack, "BATCH_BYTES", 100_000)  # note two records at a time
+    monkeypatch.setattr(_write, "BATCH_BYTES", 100_000)  # note two records at a time
     folder = tiny_checkpoint("qwen2_moe")
     with pytest.raises(Stop):
         pack_checkpoint(folder, tmp_path / "s", progress=stop_after(calls))
@@ -142,7 +142,7 @@ def test_an_interrupted_pack_continues_to_the_same_bytes(
 def pack_in_child(folder, store, batch_bytes):
     torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
     sys.stderr.close()
-    zipmoe.pack.BATCH_BYTES = batch_bytes
+    _write.BATCH_BYTES = batch_bytes
     pack_checkpoint(folder, store, jobs=2)
 
 
@@ -225,7 +225,7 @@ def test_a_pack_killed_before_its_journal_was_removed_is_finished(tiny_checkpoin
 def test_a_torn_journal_is_believed_up_to_the_tear(
     tiny_checkpoint, tiny_store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zipmoe.pack, "BATCH_BYTES", 1)
+    monkeypatch.setattr(_write, "BATCH_BYTES", 1)
     folder, store = tiny_checkpoint("qwen2_moe"), tmp_path / "s"
     with pytest.raises(Stop):
         pack_checkpoint(folder, store, progress=stop_after(9))
@@ -246,7 +246,7 @@ def test_a_torn_journal_is_believed_up_to_the_tear(
 def test_an_unfinished_pack_whose_shard_was_cut_or_lost_is_refused(
     tiny_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zipmoe.pack, "BATCH_BYTES", 1)
+    monkeypatch.setattr(_write, "BATCH_BYTES", 1)
     store = tmp_path / "s"
     with pytest.raises(Stop):
         pack_checkpoint(tiny_checkpoint("qwen2_moe"), store, progress=stop_after(9))
@@ -396,7 +396,7 @@ def test_room_for_the_store_is_enough_room(tiny_checkpoint, tmp_path, monkeypatc
 def test_a_disk_that_fills_up_stops_the_pack_and_it_continues(
     tiny_checkpoint, tiny_store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(zipmoe.pack, "BATCH_BYTES", 50_000)
+    monkeypatch.setattr(_write, "BATCH_BYTES", 50_000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:

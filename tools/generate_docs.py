@@ -2,8 +2,8 @@
 
     python tools/generate_docs.py [--check]
 
-docs/cli.md comes from the commands' own help, the tables of docs/results.md and docs/serving.md
-from benchmarks/results.
+docs/cli.md comes from the commands' own help, the tables of docs/results.md, docs/serving.md and
+docs/lossy.md from benchmarks/results.
 """
 
 import sys
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from zipmoe.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ("results.md", "serving.md", "lossy.md")
 INTRODUCTION = """# The commands
 
 <!-- Written by tools/generate_docs.py from the commands' help; `make docs` writes it again. -->
@@ -66,7 +67,7 @@ def main() -> None:
     stale = []
     docs = ROOT / "docs"
     pages = {docs / "cli.md": cli_page()}
-    pages |= {page: with_results(page) for page in (docs / "results.md", docs / "serving.md")}
+    pages |= {page: with_results(page) for page in map(docs.joinpath, RESULTS)}
     for path, text in pages.items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue

@@ -41,9 +41,14 @@ RUNTIME = {
     "rows",
     "_cgroups",
     "_quantizer",
+    "_measuring",
     "_rehearsal",
     "_renaming",
     "_skeleton",
+    "importance",
+    "lowered",
+    "quality",
+    "rounding",
     "sampling",
     "streams",
 }
@@ -58,8 +63,10 @@ ABOVE |= {
     "_options",
     "_plan_command",
     "_planning",
+    "_quantize_command",
     "_routing_commands",
     "_serve_command",
+    "quantize",  # measures in the one half and writes in the other
 }
 PRINTING = {"cli", "_terminal"}
 # Nothing in the core may know these.

@@ -1,4 +1,4 @@
-"""The published numbers: results of benchmarks → the tables of docs/results.md and docs/serving.md.
+"""The published numbers: results of benchmarks → the tables of docs/results.md and its like.
 
 None is typed by hand: what stands between two marks on these pages is written here.
 """
@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import lossy_page
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTING = ("zipmoe", "zipmoe raw", "plain LRU")
@@ -152,6 +154,16 @@ def figures(result: dict[str, Any]) -> Iterator[str]:
     yield table(list(sizes), [[f"{share:.3f}" for share in sizes.values()]])
 
 
+def lossy(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what lossy.json says."""
+    return lossy_page.lossy(result, table)
+
+
+def prediction(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what prediction.json says."""
+    return lossy_page.prediction(result, table)
+
+
 def serve(result: dict[str, Any]) -> Iterator[str]:
     """Yield what serve.json says."""
     yield where(result)
@@ -190,4 +202,10 @@ def serve_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-SECTIONS = {"offload": offload, "offload_figures": figures, "serve": serve}
+SECTIONS = {
+    "offload": offload,
+    "offload_figures": figures,
+    "serve": serve,
+    "lossy": lossy,
+    "prediction": prediction,
+}

@@ -53,11 +53,14 @@ def encode(
     threads: int = 1,
     isa: str = "",
     allow_raw: bool = True,
+    scale_group: int = 64,
 ) -> Encoded:
     """Encode a BF16 matrix [rows, columns] given as its bits; any strides (transposed is fine).
 
     row_group and k_tile 0: as `geometry`. isa "": the best. allow_raw False: never fall back to
-    raw.
+    raw. scale_group: weights of a row that share a scale (int8, int4, int2, which are lossy and
+    never fall back): 64, or 0 for the whole row. ValueError for options that the format does not
+    know, and for infinities and NaN where they have no code.
     """
 
 def decode(

@@ -6,10 +6,13 @@ ZipmoeError
 ├─ StoreError             the packed folder
 │  ├─ FormatError             not a store, unknown version or codec, unfinished pack
 │  ├─ CorruptError            checksum, length or padding wrong; says file, layer, expert, offset
-│  └─ MismatchError           parts of different stores, or made from another checkpoint
+│  ├─ MismatchError           parts of different stores, or made from another checkpoint
+│  └─ LossyError              what only a lossless store has is asked of a lossy one
+├─ QuantizationError      weights that integers cannot stand for: infinite, NaN, or not BF16
 ├─ BudgetError            memory below the floor; says the floor and what fills it
 ├─ SpaceError             not enough disk
 ├─ TraceError             a routing trace that is none, or holds too little
+├─ CalibrationError       a text or a task file that nothing can be measured on
 └─ FetchError             I/O failed at run time; carries path, offset, errno
 
 Messages say what, where, and what to do. Nothing is printed and passed over.
@@ -19,11 +22,14 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetError",
+    "CalibrationError",
     "CheckpointError",
     "CorruptError",
     "FetchError",
     "FormatError",
+    "LossyError",
     "MismatchError",
+    "QuantizationError",
     "SpaceError",
     "StoreError",
     "TraceError",
@@ -88,6 +94,14 @@ class MismatchError(StoreError):
     """Parts that do not belong together: another store's shard, or another checkpoint's pack."""
 
 
+class LossyError(StoreError):
+    """The store is lossy: the published weights are not in it, and cannot be restored from it."""
+
+
+class QuantizationError(ZipmoeError):
+    """A weight that no integer stands for: an infinity, NaN, or of another dtype than BF16."""
+
+
 class BudgetError(ZipmoeError):
     """The memory granted is below the floor. `floor_bytes` is the least that works."""
 
@@ -102,6 +116,10 @@ class SpaceError(ZipmoeError):
 
 class TraceError(ZipmoeError):
     """A routing trace cannot be used."""
+
+
+class CalibrationError(ZipmoeError):
+    """A text or a task file cannot be used to measure quality."""
 
 
 class FetchError(ZipmoeError):

@@ -25,7 +25,9 @@ MAGIC = b"ZIPMOEIX"
 VERSION = (0, 1)
 PAGE = 4096
 NOBODY = 0xFFFFFFFF  # layer and expert of a dense record
-CODECS = ("raw", "rank223", "rank3", "rank4", "zstd", "lz4hc")
+LOSSLESS = ("raw", "rank223", "rank3", "rank4", "zstd", "lz4hc")
+INTEGER_BITS = {"int8": 8, "int4": 4, "int2": 2}  # lossy
+CODECS = (*LOSSLESS, *INTEGER_BITS)  # by id
 LAYOUT = 1
 ROLES = ("gate", "up", "down", "dense")
 MAX_INDEX_BYTES = 1 << 30
@@ -65,6 +67,12 @@ ENTRY = np.dtype(
 )
 assert HEADER.itemsize == 64
 assert ENTRY.itemsize == 128
+
+CODE_BITS = np.full(65_536, 8, np.uint64)  # of extent 0 for each weight, by codec id
+IS_INTEGER = np.zeros(65_536, bool)
+for _codec, _bits in INTEGER_BITS.items():
+    CODE_BITS[CODECS.index(_codec)] = _bits
+    IS_INTEGER[CODECS.index(_codec)] = True
 
 ITEM_BYTES = np.zeros(256, np.uint64)  # by dtype id; 0 where there is no such dtype
 for _number, _carrier in DTYPES.values():
@@ -157,9 +165,21 @@ def _check_fields(entries: NDArray[Any], verdict: _Verdict, file: str) -> None:
     verdict.need(
         np.where(raw, (group == 0) & (tile == 0), blocks), "the block geometry is impossible"
     )
-    plane = np.where(raw, weights * ITEM_BYTES[entries["dtype"]], _padded_weights(entries))
-    verdict.need(entries["extents"][:, 0, 1] == plane, "extent 0 has a wrong length")
-    verdict.need(~raw | (entries["extents"][:, 1, 1] == 0), "extent 1 has a wrong length")
+    _check_lengths(entries, weights, verdict)
+
+
+def _check_lengths(entries: NDArray[Any], weights: NDArray[np.uint64], verdict: _Verdict) -> None:
+    raw, integer = entries["codec"] == 0, IS_INTEGER[entries["codec"]]
+    verdict.need(~integer | (entries["layer"] != NOBODY), "only experts can be stored as integers")
+    padded = _padded_weights(entries)
+    coded = padded * CODE_BITS[entries["codec"]] // np.uint64(8)
+    plane = np.where(raw, weights * ITEM_BYTES[entries["dtype"]], coded)
+    first, second = entries["extents"][:, 0, 1], entries["extents"][:, 1, 1]
+    verdict.need(first == plane, "extent 0 has a wrong length")
+    rows = ceil_to(entries["rows"].astype(np.uint64), 4) * (entries["columns"] > 0)
+    scales = (second == 2 * rows) | (second == padded // 32)
+    verdict.need(~raw | (second == 0), "extent 1 has a wrong length")
+    verdict.need(~integer | scales, "extent 1 has a wrong length")
 
 
 def _padded_weights(entries: NDArray[Any]) -> NDArray[np.uint64]:

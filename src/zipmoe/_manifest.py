@@ -10,14 +10,24 @@ from typing import Any
 import xxhash
 
 from zipmoe._errors import CorruptError, FormatError
-from zipmoe._index import CODECS, MAX_EXPERTS
+from zipmoe._index import CODECS, LOSSLESS, MAX_EXPERTS
+from zipmoe._lossy import Lossy
 from zipmoe._safetensors import HeaderError, unique_keys
 from zipmoe.recipe import ROLES, Matrix
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "FileInfo", "Layer", "Manifest", "ShardInfo"]
+__all__ = [
+    "FORMAT_VERSION",
+    "LOSSY_VERSION",
+    "MANIFEST",
+    "FileInfo",
+    "Layer",
+    "Manifest",
+    "ShardInfo",
+]
 
 MANIFEST = "zipmoe.json"
 FORMAT_VERSION = "1.0"
+LOSSY_VERSION = "1.1"  # of stores with integers
 MAX_BYTES = 1 << 30
 _TAIL = re.compile(rb',\n "xxh3": "([0-9a-f]{16})"\n}\n\Z')
 
@@ -63,6 +73,12 @@ class Manifest:
     files: tuple[FileInfo, ...]
     source_bytes: int
     store_bytes: int
+    lossy: Lossy | None = None
+
+    @property
+    def format_version(self) -> str:
+        """Which version of docs/format.md it takes to read the store."""
+        return LOSSY_VERSION if self.lossy else FORMAT_VERSION
 
     @property
     def identity(self) -> str:
@@ -73,7 +89,7 @@ class Manifest:
         """Give the bytes of zipmoe.json."""
         content = {
             "format": "zipmoe",
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "tool": self.tool,
             "codec": self.codec,
             "model": self.model,
@@ -95,6 +111,8 @@ class Manifest:
             "source_bytes": self.source_bytes,
             "store_bytes": self.store_bytes,
         }
+        if self.lossy:
+            content["lossy"] = self.lossy.dump()
         body = json.dumps(content, indent=1).encode().removesuffix(b"\n}")
         return body + f',\n "xxh3": "{xxhash.xxh3_64_hexdigest(body)}"\n}}\n'.encode()
 
@@ -113,10 +131,11 @@ class Manifest:
             raise CorruptError(f"the manifest is not JSON: {error}", file=MANIFEST) from error
         if not isinstance(content, dict) or content.get("format") != "zipmoe":
             raise FormatError(f"{MANIFEST} is not the manifest of a zipmoe store")
-        if content.get("format_version") != FORMAT_VERSION:
+        if content.get("format_version") not in (FORMAT_VERSION, LOSSY_VERSION):
             raise FormatError(
                 f"{MANIFEST} has format version {content.get('format_version')!r}, this zipmoe "
-                f"reads {FORMAT_VERSION}: use the zipmoe that wrote it, or pack again"
+                f"reads {FORMAT_VERSION} and {LOSSY_VERSION}: use the zipmoe that wrote it, or "
+                "pack again"
             )
         if not sound:
             raise CorruptError("the manifest does not have its checksum", file=MANIFEST)
@@ -138,7 +157,11 @@ def is_plain_name(name: Any) -> bool:
 
 
 def _read(content: dict[str, Any]) -> Manifest:
-    codec = {kind: _choice(content["codec"][kind], CODECS) for kind in ("experts", "dense")}
+    of_experts = CODECS if "lossy" in content else LOSSLESS
+    codec = {
+        "experts": _choice(content["codec"]["experts"], of_experts),
+        "dense": _choice(content["codec"]["dense"], LOSSLESS),
+    }
     model = {key: _text(content["model"][key]) for key in ("model_type", "architecture", "dtype")}
     layers = tuple(_layer(entry) for entry in content["layers"])
     if len(layers) > MAX_EXPERTS:
@@ -160,6 +183,11 @@ def _read(content: dict[str, Any]) -> Manifest:
     names = [shard.name for shard in shards] + [file.name for file in files]
     if len(set(names)) != len(names):
         raise ValueError("a file is listed twice")
+    if ("lossy" in content) != (content["format_version"] == LOSSY_VERSION):
+        raise ValueError(f"`lossy` stands in format version {LOSSY_VERSION}, and in no other")
+    lossy = Lossy.parse(content["lossy"]) if "lossy" in content else None
+    if lossy and [len(bits) for bits in lossy.bits] != [layer.experts for layer in layers]:
+        raise ValueError("`lossy.bits` does not have a number for each expert")
     return Manifest(
         tool=_text(content["tool"]),
         codec=codec,
@@ -169,6 +197,7 @@ def _read(content: dict[str, Any]) -> Manifest:
         files=tuple(files),
         source_bytes=_count(content["source_bytes"]),
         store_bytes=_count(content["store_bytes"]),
+        lossy=lossy,
     )
 
 

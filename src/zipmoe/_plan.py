@@ -10,7 +10,7 @@ import xxhash
 
 from zipmoe import __version__
 from zipmoe._errors import CheckpointError
-from zipmoe._index import CODECS
+from zipmoe._index import LOSSLESS
 from zipmoe._manifest import FORMAT_VERSION
 from zipmoe._shard import MatrixPlan, RecordPlan, ShardPlan, as_matrix, plan_shards
 
@@ -68,8 +68,8 @@ class PackPlan:
 
 def make_plan(checkpoint: Checkpoint, model: ModelPlan, codec: str) -> PackPlan:
     """Lay out the shards. Where bytes decide (experts) `codec`; where speed does (dense) rank3."""
-    if codec not in CODECS:
-        raise ValueError(f"codec {codec!r} is none of {', '.join(CODECS)}")
+    if codec not in LOSSLESS:
+        raise ValueError(f"codec {codec!r} is none of {', '.join(LOSSLESS)}")
     codecs = {"experts": codec, "dense": "rank3" if codec == "rank223" else codec}
     used: set[str] = set()
     experts = []

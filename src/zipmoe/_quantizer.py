@@ -102,11 +102,14 @@ def loading(options: LoadOptions) -> Iterator[None]:
 
 @register_quantization_config(METHOD)
 class ZipmoeConfig(QuantizationConfigMixin):
-    """What the store's config.json says; it only names the method."""
+    """What the store's config.json says: the method, and of a lossy store what it has lost."""
 
-    def __init__(self, format_version: str = "", **_: Any) -> None:
+    def __init__(
+        self, format_version: str = "", lossy: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         self.quant_method = METHOD
         self.format_version = format_version
+        self.lossy = lossy
 
 
 class Runtime:
@@ -117,7 +120,7 @@ class Runtime:
         self.context, self.sizes = skeleton.context, skeleton.sizes
         self._needs, self._demand = skeleton.needs, skeleton.demand
         self.folder, self.codec = str(store.path), dict(store.manifest.codec)
-        self.identity = store.manifest.identity
+        self.identity, self.lossy = store.manifest.identity, store.manifest.lossy
         self.blocks: list[NativeBlock] = []  # what runs in one call each
         self.in_parts: list[str] = []  # classes of attentions and MoE blocks that do not
         self.lookahead = False

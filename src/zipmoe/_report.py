@@ -39,7 +39,8 @@ def verified(report: VerifyReport) -> dict[str, Any]:
         place = {key: getattr(error, key, None) for key in keys}
         errors.append({"type": type(error).__name__, "message": str(error)} | place)
     counts = ("files", "records", "checked_bytes", "seconds")
-    return {key: getattr(report, key) for key in counts} | {"errors": errors}
+    found = {key: getattr(report, key) for key in counts} | {"errors": errors}
+    return found | {"lossy": report.lossy and report.lossy.brief()}
 
 
 def summary(found: StoreSummary) -> str:
@@ -51,6 +52,7 @@ def summary(found: StoreSummary) -> str:
         f"model    {model['architecture']}, {found.experts} experts in {found.layers} layers",
         f"made by  {found.tool}, format {found.format_version}, codec {made}",
         f"size     {stored}, {found.ratio:.3f} of the checkpoint's {original}",
+        *([found.lossy["summary"]] if found.lossy else []),
         "",
         f"{'kind':<8}" + "".join(f"{word:>{width}}" for word, width in head) + "  codecs",
     ]
@@ -61,6 +63,11 @@ def summary(found: StoreSummary) -> str:
             f"{format_bytes(kind.stored_bytes):>12}{kind.ratio:>8.3f}{kind.bits_per_weight:>8.2f}"
             f"  {codecs}"
         )
+    if found.lossy:
+        lines += ["", "experts by width:"]
+        for number, layer in enumerate(found.lossy["layers"]):
+            shares = ", ".join(f"{count} {name}" for name, count in layer.items())
+            lines.append(f"  layer {number}: {shares}")
     if found.raw:
         lines += ["", "raw:"]
         lines += [f"  {why}: {count} tensors" for why, count in _reasons(found.raw)]

@@ -11,7 +11,10 @@ from ._options import Codec, Json, memory_size
 from ._terminal import Terminal, reporting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .bench import PolicyBench
+    from .prediction import Verdict
     from .routing import Trace
     from .trace import TraceSummary
 
@@ -100,7 +103,7 @@ def policy(
 
     For each it says how many experts were found in memory, what was read, how that compares with
     LRU and with the optimum, and how long a token's experts would take. The dense rest of a token
-    is not in it.
+    is not in it. Below stands what a dictionary of paths through two layers would foretell.
 
     \b
     Examples:
@@ -180,7 +183,22 @@ def _table(found: PolicyBench) -> str:
                 f"{format_bytes(cost.decode_read_bytes):>12}{format_bytes(cost.read_bytes):>11}"
                 f"{_ratio(lru):>8}{_ratio(best):>8}{cost.decode_s * 1000:>10.1f}{note}"
             )
+    if found.prediction is not None:
+        lines += ["", *_foretold(found.prediction)]
     return "\n".join(lines)
+
+
+def _foretold(verdict: Verdict) -> Iterator[str]:
+    yield (
+        f"a dictionary of {verdict.entries} paths through two layers, of half of the requests, "
+        f"foretells {verdict.recall:.1%} of the others' experts"
+    )
+    for key, share in verdict.coverage.items():
+        recall = verdict.recall_by_key.get(key)
+        right = "" if recall is None else f", {recall:.1%} right"
+        yield f"  from {key:<12}{share:>7.1%} of the predictions{right}"
+    others = f"the most popular: {verdict.popular:.1%} right; the last token's"
+    yield f"  {others}: {verdict.repeated:.1%}"
 
 
 def _ratio(value: float | None) -> str:

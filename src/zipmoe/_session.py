@@ -40,6 +40,8 @@ def loaded_model(
                 f"{format_bytes(available.bytes)}, less a reserve"
             )
         terminal.say(str(loaded.memory))
+        if loaded.runtime.lossy:
+            terminal.say(loaded.runtime.lossy.summary())
         yield loaded
 
 

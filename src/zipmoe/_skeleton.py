@@ -14,7 +14,7 @@ import torch
 
 from zipmoe import _core, footprint, kv, packed, tiers
 from zipmoe._errors import MismatchError
-from zipmoe._index import CODECS, PAGE, ceil_to
+from zipmoe._index import CODECS, IS_INTEGER, PAGE, ceil_to
 from zipmoe._renaming import DTYPES, dense_tensors, renamed
 from zipmoe.budget import Demand, Needs
 from zipmoe.experts import (
@@ -27,7 +27,8 @@ from zipmoe.experts import (
 )
 from zipmoe.linear import PackedWeight
 from zipmoe.packed import PackedDense
-from zipmoe.plan import ModelSizes, PartSize
+from zipmoe.plan import HELD, ModelSizes, PartSize
+from zipmoe.schedule import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -273,6 +274,7 @@ def _model_sizes(
         top_k=top_k,
         parts=parts,
         codec=CODECS[int(np.bincount(table[:, 4].astype(int)).argmax())],
+        held=(Tier.COMPRESSED,) if IS_INTEGER[table[:, 4]].any() else HELD,
         dense_weights=sum(by_codec.values()),
         head_weights=0 if head is None else head.weight.shape[0] * head.weight.shape[1],
         dense_codec=max(by_codec, key=lambda codec: by_codec[codec], default="raw"),

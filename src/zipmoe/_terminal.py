@@ -49,8 +49,12 @@ class Terminal:
         raise SystemExit(code)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[[int, int], None] | None]:
+    def progress(
+        self, title: str, *, counts: bool = False
+    ) -> Iterator[Callable[[int, int], None] | None]:
         """Give a function of (bytes done, bytes in all) that moves a bar, or None.
+
+        With `counts` it is of things, not of bytes.
 
         There is a bar only where a person can see it: stderr must be a terminal.
         """
@@ -61,15 +65,16 @@ class Terminal:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             Progress,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        rates = (TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, *rates, console=Console(stderr=True)) as bar:
+        measures = (MofNCompleteColumn(),) if counts else (DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), *measures, TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 

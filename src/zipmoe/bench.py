@@ -19,6 +19,7 @@ from zipmoe.plan import (
     best_split,
     filled_split,
 )
+from zipmoe.prediction import Verdict, judge
 from zipmoe.replay import OFFLINE, Cost, Replayer, policies
 from zipmoe.routing import by_recency
 from zipmoe.schedule import Tier
@@ -57,6 +58,8 @@ class PolicyBench:
     memory_bytes: int  # of the expert cache
     expert_bytes: int  # compressed
     costs: tuple[Cost, ...]
+    # Of a dictionary of half the requests, on the others; None: fewer than two, or than 3 layers.
+    prediction: Verdict | None = None
 
     def of(self, policy: str, split: TierSplit) -> Cost:
         """Find one."""
@@ -76,7 +79,8 @@ class PolicyBench:
                 row[f"over_{name}"] = self.against(cost, name)
             rows.append(row)
         sizes = {"memory_bytes": self.memory_bytes, "expert_bytes": self.expert_bytes}
-        return sizes | {"policies": rows}
+        foretold = None if self.prediction is None else asdict(self.prediction)
+        return sizes | {"policies": rows, "prediction": foretold}
 
     def against(self, cost: Cost, policy: str) -> float | None:
         """Divide the bytes that it reads by those of another policy; None where that reads none."""
@@ -115,4 +119,12 @@ def bench_policies(
             for split in dict.fromkeys(splits)
             for policy in policies()
         ),
+        prediction=_prediction(trace),
     )
+
+
+def _prediction(trace: Trace) -> Verdict | None:
+    if trace.num_layers < 3 or len(trace.requests) < 2:
+        return None
+    known, unknown = trace.split(0.5, seed=0)
+    return judge(known, unknown) if unknown.is_decode.any() else None

@@ -17,6 +17,7 @@ import typer
 from . import __version__
 from ._options import Codec, Compute, Context, Json, Memory, Store, Tiers, memory_size
 from ._plan_command import plan
+from ._quantize_command import quantize
 from ._routing_commands import bench_app, trace_app
 from ._serve_command import serve
 from ._terminal import CORRUPT_STORE, USER_ERROR, Terminal, reporting
@@ -126,12 +127,20 @@ def unpack(
     store: Store,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to make.")],
     *,
+    lossy: Annotated[
+        bool,
+        typer.Option(
+            "--lossy",
+            help="Of a lossy store: write its experts as BF16. They are not the published ones.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Restore the original checkpoint, byte for byte, and prove it.
 
     Every tensor and file is compared with the SHA-256 of the original, so a weight file can be
-    checked against the one its hub page shows.
+    checked against the one its hub page shows. A lossy store is refused: its experts are not the
+    original ones any more.
 
     \b
     Example:
@@ -143,9 +152,15 @@ def unpack(
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     with reporting(terminal, mismatch=USER_ERROR if taken else CORRUPT_STORE):
         with terminal.progress("Unpacking") as progress:
-            report = unpack_store(store, folder, progress=progress)
+            report = unpack_store(store, folder, progress=progress, lossy=lossy)
         terminal.document(asdict(report))
-        terminal.write(f"{folder}: restored, every SHA-256 is that of the original\n")
+        if report.changed_tensors:
+            terminal.write(
+                f"{folder}: lossy: {report.changed_tensors} of {report.tensors} tensors hold "
+                "experts that are not the original ones; every other SHA-256 is\n"
+            )
+        else:
+            terminal.write(f"{folder}: restored, every SHA-256 is that of the original\n")
 
 
 @app.command()
@@ -172,6 +187,11 @@ def verify(store: Store, *, as_json: Json = False) -> None:
         if report.errors:
             raise typer.Exit(CORRUPT_STORE)
         terminal.write(f"{store}: sound\n")
+        if report.lossy:
+            terminal.say(
+                f"{report.lossy.summary()}. Checksums are those of what was written: the original "
+                "experts cannot be restored or compared with"
+            )
 
 
 @app.command()
@@ -225,6 +245,7 @@ def profile(
 
 
 app.command()(plan)
+app.command()(quantize)
 
 
 @app.command()

@@ -46,7 +46,8 @@ class GenerateResult:
     it; 0 if there is none. `memory_bytes` is what was promised, `peak_rss_bytes` the most that
     this process ever had. `cache` counts experts asked for and found in memory (hits, `full_hits`
     of them decoded) or not (misses, of which `sign_mantissa_hits` and `exponent_hits` had one
-    plane there), and bytes read from the store.
+    plane there), and bytes read from the store. `lossy`: None, or how the weights differ from the
+    published ones.
     """
 
     text: str
@@ -62,6 +63,7 @@ class GenerateResult:
     bytes_per_token: float
     wait_s: float
     is_cold: bool
+    lossy: dict[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Give all fields for --json."""
@@ -145,6 +147,7 @@ def _result(
         bytes_per_token=since["bytes_read"] / decoded,
         wait_s=since["wait_ns"] / 1e9 / decoded,
         is_cold=not before["hits"] + before["misses"],
+        lossy=loaded.runtime.lossy.brief() if loaded.runtime.lossy else None,
     )
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zipmoe._index import CODECS, NOBODY, PAGE, ROLES, ceil_to
-from zipmoe._manifest import FORMAT_VERSION
 from zipmoe._outside import OUTSIDE
 from zipmoe.store import DTYPE_NAMES, Store, decoded_bytes, open_store
 
 if TYPE_CHECKING:
     import os
 
+    from zipmoe._manifest import Manifest
     from zipmoe._shard import OpenShard
 
 __all__ = ["KindSummary", "StoreSummary", "inspect_store", "summarise"]
@@ -50,6 +50,7 @@ class StoreSummary:
     kinds: list[KindSummary]
     raw: list[tuple[str, str]]  # (tensor or expert matrix, why it is stored raw)
     left_out: list[str]  # of the checkpoint, not kept
+    lossy: dict[str, Any] | None  # None: every bit is there
     # What native bits of a token depend on besides its own past: "batch", "cuts", "padding".
     depends_on: list[str]
 
@@ -73,7 +74,7 @@ def summarise(store: Store) -> StoreSummary:
     return StoreSummary(
         model=dict(manifest.model),
         tool=manifest.tool,
-        format_version=FORMAT_VERSION,
+        format_version=manifest.format_version,
         codec=dict(manifest.codec),
         layers=len(manifest.layers),
         experts=sum(layer.experts for layer in manifest.layers),
@@ -84,8 +85,17 @@ def summarise(store: Store) -> StoreSummary:
         kinds=kinds,
         raw=[(_name(shard, entry), _why_raw(store, entry)) for shard, entry in rows if _raw(entry)],
         left_out=list(store.source.left_out),
+        lossy=_lossy(manifest),
         depends_on=list(OUTSIDE.get(_family(manifest.model["model_type"]), ())),
     )
+
+
+def _lossy(manifest: Manifest) -> dict[str, Any] | None:
+    """Say how many experts of all and of each layer have which width, and what it costs."""
+    lossy = manifest.lossy
+    if lossy is None:
+        return None
+    return lossy.brief() | {"summary": lossy.summary(), "layers": lossy.counts_by_layer()}
 
 
 def _family(model_type: str) -> str:

@@ -111,7 +111,9 @@ def load(
     machine or the
         cgroup has available, less a reserve.
     compute : "native": straight from the packed weights, each row in one fixed order. "torch":
-        decoded weights through torch's own operators, bit for bit as stock transformers.
+        decoded weights through torch's own operators, bit for bit as stock transformers. Of a
+        lossy store either computes with what it holds; `runtime.lossy` and the model's
+        `config.quantization_config.lossy` say what that is.
     context : most tokens of prompt and answer together; their KV cache is counted in the memory.
         None: 4096, or the model's maximum if that is less.
     conversations : how many of that length are held side by side, through `zipmoe.streams`; 0: one,

@@ -11,25 +11,21 @@ import json
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zipmoe import __version__
-from zipmoe._disk import sync_folder, typed_write_errors, write_all
+from zipmoe._disk import typed_write_errors
 from zipmoe._encode import Encoder
 from zipmoe._errors import CheckpointError, MismatchError, SpaceError
 from zipmoe._folder import JOURNAL
 from zipmoe._hashing import HashThread, hash_shard
 from zipmoe._index import PAGE, ceil_to
-from zipmoe._journal import FileHashes, Journal
+from zipmoe._journal import Journal
 from zipmoe._manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    FileInfo,
     Layer,
     Manifest,
     ShardInfo,
@@ -37,8 +33,8 @@ from zipmoe._manifest import (
 )
 from zipmoe._plan import PackPlan, make_plan
 from zipmoe._process import peak_rss_bytes
-from zipmoe._shard import CodedMatrix, RecordPlan, ShardPlan, ShardWriter
 from zipmoe._source import SOURCE, Source, SourceFile
+from zipmoe._write import StoreWriter, copy_file, publish, write_file
 from zipmoe.checkpoint import INDEX_NAME, SmallFile, open_checkpoint, read_bytes
 from zipmoe.conversion import plan_model
 from zipmoe.hub import resolve_checkpoint
@@ -46,15 +42,9 @@ from zipmoe.inspect import summarise
 from zipmoe.store import open_store
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from zipmoe._write import Progress
 
 __all__ = ["PackReport", "pack_checkpoint"]
-
-Progress = Callable[[int, int], None]
-
-BATCH_BYTES = 128 << 20  # weights between two waits for the disk
-IN_FLIGHT_BYTES = 192 << 20  # weights being read, encoded or waiting to be written
-CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +155,14 @@ def _write_store(
     shards = plan.checkpoint.shards
     hashing = HashThread([shard for shard in shards if shard.name not in journal.hashes])
     try:
-        writer = _Writer(folder, plan, journal, hashing, progress)
-        infos = writer.run(jobs)
+        encoder = Encoder(plan)
+        try:
+            writer = StoreWriter(
+                folder, plan.shards, journal, encoder.encode, progress, poll=hashing.poll
+            )
+            infos = writer.run(jobs)
+        finally:
+            encoder.close()
         for found in hashing.wait():
             journal.add_hashes(found)
     finally:
@@ -176,120 +172,19 @@ def _write_store(
     _finish(folder, plan, journal, infos)
 
 
-class _Writer:
-    """Encodes in a pool, writes in order, notes in the journal what is on the disk."""
-
-    def __init__(
-        self,
-        folder: Path,
-        plan: PackPlan,
-        journal: Journal,
-        hashing: HashThread,
-        progress: Progress | None,
-    ) -> None:
-        self._folder, self._plan, self._journal = folder, plan, journal
-        self._hashing, self._progress = hashing, progress
-        self._done_bytes, self._total_bytes = 0, plan.weight_bytes
-        self._noter = ThreadPoolExecutor(1, "zipmoe-journal")
-        self._noting: list[Future[None]] = []
-
-    def run(self, jobs: int) -> list[ShardInfo]:
-        """Write all shards; returns them in order."""
-        encoder = Encoder(self._plan)
-        try:
-            with ThreadPoolExecutor(jobs, "zipmoe-encode") as pool, self._noter:
-                try:
-                    coded = self._encoded(encoder, pool, jobs)
-                    return [self._write_shard(shard, coded) for shard in self._plan.shards]
-                finally:
-                    pool.shutdown(wait=True, cancel_futures=True)
-        finally:
-            encoder.close()
-
-    def _encoded(
-        self, encoder: Encoder, pool: ThreadPoolExecutor, jobs: int
-    ) -> Iterator[tuple[RecordPlan, list[CodedMatrix]]]:
-        """Encode all records that are not done yet, in order, a bounded number at once."""
-        waiting: deque[tuple[RecordPlan, Future[list[CodedMatrix]]]] = deque()
-        in_flight = 0
-        for shard in self._plan.shards:
-            for record in shard.records[len(self._journal.records.get(shard.name, ())) :]:
-                while waiting and in_flight + record.raw_bytes > IN_FLIGHT_BYTES:
-                    first, future = waiting.popleft()
-                    in_flight -= first.raw_bytes
-                    yield first, future.result()
-                # A large record runs alone, so it gets all threads.
-                threads = jobs if record.raw_bytes * jobs > IN_FLIGHT_BYTES else 1
-                waiting.append((record, pool.submit(encoder.encode, record, threads)))
-                in_flight += record.raw_bytes
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-
-    def _write_shard(
-        self, shard: ShardPlan, coded: Iterator[tuple[RecordPlan, list[CodedMatrix]]]
-    ) -> ShardInfo:
-        done = self._journal.records.get(shard.name, [])
-        self._advance(sum(record.raw_bytes for record in shard.records[: len(done)]))
-        writer = ShardWriter(self._folder, shard, done)
-        try:
-            batch: list[NDArray[Any]] = []
-            batch_bytes = 0
-            for planned in shard.records[len(done) :]:
-                record, matrices = next(coded)
-                if record is not planned:
-                    raise AssertionError("records are encoded and written in different orders")
-                batch.append(writer.append(matrices))
-                batch_bytes += record.raw_bytes
-                if batch_bytes >= BATCH_BYTES:
-                    self._note_later(writer, batch)
-                    batch, batch_bytes = [], 0
-                self._advance(record.raw_bytes)
-            self._note_later(writer, batch)
-            self._wait_for_notes()
-            return writer.finish()
-        finally:
-            wait(self._noting)
-            writer.close()
-
-    def _note_later(self, writer: ShardWriter, batch: list[NDArray[Any]]) -> None:
-        """Wait for the disk and write the journal in a thread beside; one batch at a time."""
-        self._wait_for_notes()
-        hashes = self._hashing.poll()
-        self._noting = [self._noter.submit(self._note, writer, batch, hashes)]
-
-    def _wait_for_notes(self) -> None:
-        for note in self._noting:
-            note.result()
-        self._noting = []
-
-    def _note(
-        self, writer: ShardWriter, batch: list[NDArray[Any]], hashes: list[FileHashes]
-    ) -> None:
-        writer.sync()
-        self._journal.add_records(writer.plan.name, batch)
-        for found in hashes:
-            self._journal.add_hashes(found)
-
-    def _advance(self, num_bytes: int) -> None:
-        self._done_bytes += num_bytes
-        if self._progress is not None:
-            self._progress(self._done_bytes, self._total_bytes)
-
-
 def _finish(folder: Path, plan: PackPlan, journal: Journal, shards: list[ShardInfo]) -> None:
     """Write the small files and, last and at once, the manifest."""
     files = [
-        _copy(file, folder)
+        copy_file(file.path, folder, file.name)
         for file in plan.checkpoint.small_files
         if file.name not in (INDEX_NAME, "config.json")
     ]
     config = dict(plan.checkpoint.config)
     config["quantization_config"] = {"quant_method": "zipmoe", "format_version": FORMAT_VERSION}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    files.append(_write(folder, "config.json", text.encode("utf-8", "surrogatepass")))
+    files.append(write_file(folder, "config.json", text.encode("utf-8", "surrogatepass")))
     source = _source(plan, journal)
-    files.append(_write(folder, SOURCE, source.dump()))
+    files.append(write_file(folder, SOURCE, source.dump()))
     files.sort(key=lambda file: file.name)
     model = plan.model
     manifest = Manifest(
@@ -306,12 +201,7 @@ def _finish(folder: Path, plan: PackPlan, journal: Journal, shards: list[ShardIn
         source_bytes=sum(file.num_bytes for file in source.files),
         store_bytes=sum(s.num_bytes for s in shards) + sum(f.num_bytes for f in files),
     )
-    temporary = f".{MANIFEST}.tmp"
-    _write(folder, temporary, manifest.dump())
-    sync_folder(folder)
-    (folder / temporary).rename(folder / MANIFEST)
-    sync_folder(folder)
-    journal.remove()
+    publish(folder, manifest, journal)
 
 
 def _source(plan: PackPlan, journal: Journal) -> Source:
@@ -339,27 +229,6 @@ def _source_file(file: SmallFile) -> SourceFile:
     with file.path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return SourceFile(file.name, file.num_bytes, digest)
-
-
-def _copy(file: SmallFile, folder: Path) -> FileInfo:
-    digest, num_bytes = hashlib.sha256(), 0
-    with file.path.open("rb") as source, (folder / file.name).open("wb") as target:
-        while chunk := source.read(CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += target.write(chunk)
-        target.flush()
-        os.fsync(target.fileno())
-    return FileInfo(file.name, num_bytes, digest.hexdigest())
-
-
-def _write(folder: Path, name: str, data: bytes) -> FileInfo:
-    fd = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        write_all(fd, [data], 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _require_same(folder: Path, plan: PackPlan) -> None:

@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from zipmoe._index import INTEGER_BITS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -36,8 +38,10 @@ class MachineProfile:
 
     def work_s(self, weights: int, codec: str, tokens: float = 1.0) -> float:
         """Seconds that weights of a codec take one worker."""
-        direct = codec in self.multiply_bytes_s
-        touched = 2 * weights / self.multiply_bytes_s[codec if direct else "raw"]
+        known = codec in self.multiply_bytes_s
+        touched = 2 * weights / self.multiply_bytes_s[codec if known else "raw"]
+        # Integers are multiplied directly, and no slower than what is stored raw.
+        direct = known or codec in INTEGER_BITS
         decode = 0.0 if direct else 2 * weights / self.decode_bytes_s[codec]
         return self.workers * max(touched, 2 * weights * tokens / self.flops) + decode
 

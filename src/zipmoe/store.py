@@ -20,7 +20,8 @@ import xxhash
 from zipmoe import _core, _index
 from zipmoe._errors import CorruptError, FetchError, MismatchError
 from zipmoe._folder import file_errors, read_manifest, read_verified
-from zipmoe._index import CODECS, ITEM_BYTES, NOBODY, PAGE, ceil_to
+from zipmoe._index import CODECS, INTEGER_BITS, ITEM_BYTES, NOBODY, PAGE, ceil_to
+from zipmoe._lossy import LOSSLESS_BITS
 from zipmoe._safetensors import DTYPES, TensorPlace
 from zipmoe._shard import OpenShard, as_matrix, open_shard
 from zipmoe._source import SOURCE, Source
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["DenseTensor", "Store", "open_store"]
 
 PLANES = ("sign-mantissa", "exponent")
+INTEGER_PLANES = ("codes", "scales")
 DTYPE_NAMES = {number: name for name, (number, _) in DTYPES.items()}
 
 
@@ -338,12 +340,13 @@ def place_of(shard: OpenShard, row: int, plane: int) -> dict[str, Any]:
     entry = shard.entries[row]
     dense = entry["layer"] == NOBODY
     tensor = shard.records[int(entry["record"])].name
+    is_integer = CODECS[entry["codec"]] in INTEGER_BITS
     return {
         "file": shard.info.name,
         "tensor": tensor if dense else f"{tensor}.{_index.ROLES[entry['role']]}",
         "layer": None if dense else int(entry["layer"]),
         "expert": None if dense else int(entry["expert"]),
-        "plane": PLANES[plane],
+        "plane": (INTEGER_PLANES if is_integer else PLANES)[plane],
         "offset": int(entry["extents"][plane][0]),
     }
 
@@ -370,6 +373,7 @@ def _check_records(manifest: Manifest, shards: list[OpenShard]) -> None:
         for place, start, stop in zip(shard.records, starts, starts[1:], strict=False):
             wanted = next(expected, None)
             _check_expert(wanted, shard, place, shard.entries[start:stop])
+            _check_bits(manifest, shard, place, shard.entries[start:stop])
     if (missing := next(expected, None)) is not None:
         raise MismatchError(f"no shard of the store holds {missing[0]}")
     names: list[str] = []
@@ -400,3 +404,17 @@ def _check_expert(
         f"{shard.info.name} holds {place.name} where the manifest has "
         f"{wanted[0] if wanted else 'nothing'}, or in another shape"
     )
+
+
+def _check_bits(
+    manifest: Manifest, shard: OpenShard, place: TensorPlace, entries: NDArray[Any]
+) -> None:
+    """Refuse an expert of other bits than the manifest says: nothing is lossy unsaid."""
+    lossy = manifest.lossy
+    layer, expert = int(entries[0]["layer"]), int(entries[0]["expert"])
+    said = lossy.bits[layer][expert] if lossy else LOSSLESS_BITS
+    found = {INTEGER_BITS.get(CODECS[entry["codec"]], LOSSLESS_BITS) for entry in entries}
+    if found != {said}:
+        raise MismatchError(
+            f"{shard.info.name}: {place.name} has {min(found)} bits where the manifest says {said}"
+        )

@@ -77,10 +77,7 @@ def counts(amounts: Amounts, table: Any, memory: MemoryReport) -> tuple[int, int
         for amount, size in zip(amounts, sizes, strict=True)
     )
     found = full, compressed, sign_mantissa, exponents
-    try:
-        needed = _core.ExpertCache.needed_bytes(table, found)
-    except ValueError as error:
-        raise ZipmoeError(f"{error}; ask for no other with --tiers") from error
+    needed = _needed(table, found)
     if needed > memory.cache:
         floor = memory.promised - memory.cache + needed
         raise BudgetError(
@@ -97,7 +94,14 @@ def cache_bytes(table: Any, amounts: Amounts | None) -> tuple[int, int]:
     floor = _core.ExpertCache.floor_bytes(table)
     everything = len({(layer, expert) for layer, expert in table[:, :2].tolist()})
     full = everything if amounts is not None and amounts[0] else 0
-    return floor, max(floor, _core.ExpertCache.needed_bytes(table, (full, everything, 0, 0)))
+    return floor, max(floor, _needed(table, (full, everything, 0, 0)))
+
+
+def _needed(table: Any, numbers: tuple[int, int, int, int]) -> int:
+    try:
+        return _core.ExpertCache.needed_bytes(table, numbers)
+    except ValueError as error:
+        raise ZipmoeError(f"{error}; ask for no other with --tiers") from error
 
 
 def described(numbers: Sequence[int]) -> str:

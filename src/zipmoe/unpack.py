@@ -6,6 +6,7 @@ Files are written under temporary names and renamed when they have been read bac
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zipmoe._disk import typed_write_errors, write_all
-from zipmoe._errors import CorruptError, MismatchError, SpaceError
+from zipmoe._errors import CorruptError, LossyError, MismatchError, SpaceError
 from zipmoe._hashing import hash_shard
+from zipmoe._lossy import LOSSLESS_BITS
 from zipmoe._source import SOURCE, SourceFile, prove_recipes
 from zipmoe.checkpoint import Shard
 from zipmoe.recipe import SliceKey, restore
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from zipmoe._lossy import Lossy
     from zipmoe._safetensors import TensorPlace
 
 __all__ = ["UnpackReport", "unpack_store"]
@@ -43,19 +46,25 @@ class UnpackReport:
     total_bytes: int
     seconds: float
     left_out: list[str]  # names of files that the store never held
+    changed_tensors: int = 0  # of a lossy store: those with experts that are not the original ones
 
 
 def unpack_store(
     store: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     progress: Callable[[int, int], None] | None = None,
+    *,
+    lossy: bool = False,
 ) -> UnpackReport:
     """Restore a checkpoint into a new or empty folder.
 
-    `progress` is called with bytes done and in total.
+    `progress` is called with bytes done and in total. `lossy`: of a lossy store, write the experts
+    as they are, in BF16; its config.json says so (`zipmoe_lossy`).
 
     Raises
     ------
+    LossyError
+        The store is lossy, and `lossy` was not asked for.
     StoreError
         The store is damaged; files that were not proven keep their temporary names.
     MismatchError
@@ -66,6 +75,11 @@ def unpack_store(
     started = time.monotonic()
     target = Path(folder)
     with open_store(store) as opened, typed_write_errors(target, "unpack again"):
+        if opened.manifest.lossy and not lossy:
+            raise LossyError(
+                f"{opened.path} is lossy: {_lost(opened.manifest.lossy)} cannot be restored. "
+                "--lossy writes what there is, as BF16"
+            )
         _prepare(opened, target)
         unpacker = _Unpacker(opened, target, progress)
         unpacker.run()
@@ -76,7 +90,28 @@ def unpack_store(
             total_bytes=sum(file.num_bytes for file in source.files),
             seconds=time.monotonic() - started,
             left_out=list(source.left_out),
+            changed_tensors=len(unpacker.changed),
         )
+
+
+def _lost(lossy: Lossy) -> str:
+    counts = lossy.counts()
+    lost = sum(counts.values()) - counts.get("lossless", 0)
+    return f"the weights of {lost} of {sum(counts.values())} experts"
+
+
+def _changed_tensors(store: Store) -> set[str]:
+    """Name the tensors of the checkpoint that hold experts of fewer bits."""
+    lossy = store.manifest.lossy
+    if lossy is None:
+        return set()
+    return {
+        part.key(expert)[0]
+        for recipe in store.source.recipes
+        for expert, bits in enumerate(lossy.bits[recipe.layer])
+        if bits != LOSSLESS_BITS
+        for part in recipe.parts
+    }
 
 
 def _prepare(store: Store, folder: Path) -> None:
@@ -95,6 +130,8 @@ class _Unpacker:
     ) -> None:
         self._store, self._folder, self._progress = store, folder, progress
         self._places = store.source.places()
+        self.changed = _changed_tensors(store)
+        self._changed_files = {self._places[name][0] for name in self.changed}
         self._fds: dict[str, int] = {}
         self._threads = len(os.sched_getaffinity(0))
         self._done_bytes = 0
@@ -138,7 +175,7 @@ class _Unpacker:
             write_all(fd, [len(text).to_bytes(8, "little"), text], 0)
             self._advance(8 + len(text))
         elif file.text is not None:
-            write_all(fd, [file.text.encode()], 0)
+            write_all(fd, [self._text(file).encode()], 0)
             self._advance(file.num_bytes)
         else:
             with (self._store.path / file.name).open("rb") as kept:
@@ -147,6 +184,15 @@ class _Unpacker:
                     write_all(fd, [chunk], offset)
                     offset += len(chunk)
             self._advance(file.num_bytes)
+
+    def _text(self, file: SourceFile) -> str:
+        """Give a small file; config.json says that weights are not the original ones."""
+        lossy = self._store.manifest.lossy
+        if lossy is None or file.name != "config.json":
+            return file.text or ""
+        self._changed_files.add(file.name)
+        config = json.loads(file.text or "{}") | {"zipmoe_lossy": lossy.brief()}
+        return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
     def _write_experts(self) -> None:
         recipes = self._store.source.recipes
@@ -181,12 +227,13 @@ class _Unpacker:
             hashes = hash_shard(shard)
             assert hashes is not None
             for name, found in hashes.tensors.items():
-                if found != self._store.source.tensors[name]:
+                if name not in self.changed and found != self._store.source.tensors[name]:
                     raise CorruptError(
                         "the restored tensor has not its SHA-256", file=file.name, tensor=name
                     )
             digest = hashes.sha256
-        if digest != file.sha256 or path.stat().st_size != file.num_bytes:
+        is_original = digest == file.sha256 and path.stat().st_size == file.num_bytes
+        if not is_original and file.name not in self._changed_files:
             raise CorruptError("the restored file has not its SHA-256", file=file.name)
         self._advance(file.num_bytes)
 

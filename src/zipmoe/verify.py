@@ -20,6 +20,7 @@ from zipmoe.store import assemble, place_of, read_padded
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zipmoe._lossy import Lossy
     from zipmoe._manifest import Manifest
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class VerifyReport:
     checked_bytes: int
     seconds: float
     errors: list[StoreError]
+    lossy: Lossy | None = None  # not None: there is no way back to the original weights
 
 
 def verify_store(
@@ -63,7 +65,9 @@ def verify_store(
         check.run(undo)
     files = 1 + len(manifest.shards) + len(manifest.files)
     seconds = time.monotonic() - started
-    return VerifyReport(files, check.records, check.done_bytes, seconds, check.errors)
+    return VerifyReport(
+        files, check.records, check.done_bytes, seconds, check.errors, manifest.lossy
+    )
 
 
 class _Check:

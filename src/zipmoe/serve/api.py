@@ -228,8 +228,12 @@ def _failed(error: ServingError) -> JSONResponse:
 
 def _add_information(app: FastAPI, service: Service) -> None:
     machine = Machine(service)
+    lossy = service.loaded.runtime.lossy
     model = schemas.Model(
-        id=service.name, created=service.created, max_model_len=service.loaded.context
+        id=service.name,
+        created=service.created,
+        max_model_len=service.loaded.context,
+        lossy=lossy.brief() if lossy else None,
     )
 
     @app.get("/v1/models", responses={401: _ERRORS[401]})

@@ -272,13 +272,17 @@ class ErrorBody(BaseModel):
 
 
 class Model(BaseModel):
-    """A model that is served. max_model_len: most tokens of prompt and answer together."""
+    """A model that is served. max_model_len: most tokens of prompt and answer together.
+
+    lossy: null where every bit of the weights is the published one.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "zipmoe"
     max_model_len: int
+    lossy: dict[str, Any] | None = None
 
 
 class Models(BaseModel):

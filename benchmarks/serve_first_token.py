@@ -55,23 +55,23 @@ class Server:
                 break
         else:
             raise RuntimeError(f"zipmoe serve ended: {said}")
-        url = urlsplit(said.split(" at ")[1].strip())
-        self._connection = http.client.HTTPConnection(str(url.hostname), url.port)
+        self._url = urlsplit(said.split(" at ")[1].strip())
         self._model = store.name
 
     def first_token(self, number: int) -> float:
         asked = {"model": self._model, "messages": messages(number), "max_tokens": 1}
         body = json.dumps(asked | {"stream": True, "temperature": 0})
+        connection = http.client.HTTPConnection(str(self._url.hostname), self._url.port)
         begin = time.perf_counter()
-        self._connection.request(
+        connection.request(
             "POST", "/v1/chat/completions", body, {"Content-Type": "application/json"}
         )
-        response = self._connection.getresponse()
+        response = connection.getresponse()
         for line in response:
             if b'"content":"' in line.replace(b" ", b"") or b"[DONE]" in line:
                 break
         seconds = time.perf_counter() - begin
-        response.read()
+        connection.close()
         return seconds
 
     def __enter__(self) -> Self:

@@ -242,7 +242,7 @@ class Served:
         while not is_so():
             if time.monotonic() > end or self.scheduler.status()[0] != "ok":
                 raise RuntimeError(f"the scheduler stands still: {self.scheduler.status()}")
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def _end(self, asked: list[tuple[Request, Forced]]) -> None:
         for request, _ in asked:

@@ -118,7 +118,8 @@ class Bench:
             "expert_bytes": stored,
             "over_bf16": round(stored / plain, 4),
             "perplexity": round(quality.perplexity, 4),
-            "loss": round(self.measure.loss(widths), 5),
+            "loss": round(self.measure.loss(widths).mean, 5),
+            "loss_bound": round(self.measure.loss(widths).bound, 5),
             "held_out_perplexity": round(float(torch.tensor(held).exp()), 4),
             "held_out_loss": round(float(torch.tensor(held - before).expm1()), 5),
             "same_token": round(statistics.mean(same), 4),
@@ -297,6 +298,7 @@ def asked(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         asked.append({"what": what, "measured": measured, **limit, "held": bool(held)})
 
     ask("loss on the calibration", chosen["loss"], most=CHOSEN)
+    ask("its bound", chosen["loss_bound"], most=CHOSEN)
     if model == "demo":
         ask("expert bytes over BF16", chosen["over_bf16"], most=0.45)
         ask("loss on the other text", chosen["held_out_loss"], most=0.025)

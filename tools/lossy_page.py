@@ -10,7 +10,7 @@ HEAD = [
     "experts",
     "bytes of BF16",
     "perplexity",
-    "loss",
+    "loss, at most",
     "loss on the other text",
     "same likeliest token",
 ]
@@ -55,7 +55,7 @@ def row_of(row: dict[str, Any]) -> list[str]:
         ", ".join(f"{count} {width}" for width, count in sorted(row["experts"].items())),
         f"{row['over_bf16']:.3f}",
         f"{row['perplexity']:.3f}",
-        f"{row['loss']:.2%}",
+        f"{row['loss']:.2%}, {row['loss_bound']:.2%}",
         f"{row['held_out_loss']:.2%}",
         f"{row['same_token']:.1%}",
     ]

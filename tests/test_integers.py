@@ -49,9 +49,10 @@ def packed(coded, extents, shape):
     )
 
 
-def product(engine, matrix, x):
+def product(engine, matrix, x, bias=None):
     out = np.full((len(x), matrix.rows), 0x7A7A, np.uint16)
-    engine.multiply(matrix, x.ctypes.data, x.shape[1], len(x), 0, out.ctypes.data, matrix.rows)
+    more = 0 if bias is None else bias.ctypes.data
+    engine.multiply(matrix, x.ctypes.data, x.shape[1], len(x), more, out.ctypes.data, matrix.rows)
     return out
 
 
@@ -216,6 +217,22 @@ def test_a_product_is_the_same_alone_and_in_any_batch(codec, shape, scale_group)
         by_isa[isa] = whole
     agreeing = [whole for isa, whole in by_isa.items() if isa != "avx512bf16"]
     assert all(np.array_equal(whole, agreeing[0]) for whole in agreeing)
+
+
+@pytest.mark.parametrize("scale_group", [64, 0])
+@pytest.mark.parametrize("codec", CODECS)
+def test_sums_agree_beyond_what_bf16_shows(codec, scale_group):
+    """Less its rounded value, a sum shows eight bits more: a bias is added in FP32."""
+    words, x = w.student_t((400, 1408)), w.gaussian((5, 1408), 1)
+    matrix = packed(*encoded(codec, words, scale_group=scale_group), words.shape)
+    rest = {}
+    for isa in ISAS:
+        bias = product(ENGINES[isa, 1], matrix, x[:1])[0] ^ 0x8000
+        rest[isa] = product(ENGINES[isa, 1], matrix, x[:1], bias)[0]
+        together = product(ENGINES[isa, 2], matrix, x, bias)
+        assert np.array_equal(together[0], rest[isa])
+    agreeing = [found for isa, found in rest.items() if isa != "avx512bf16"]
+    assert all(np.array_equal(found, agreeing[0]) for found in agreeing)
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)

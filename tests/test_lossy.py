@@ -306,7 +306,7 @@ def test_the_same_tokens_at_every_memory_limit_and_number_of_threads(lossy: Path
     room = _core.ExpertCache.needed_bytes(table, (0, 16, 0, 0))
     # Mixed widths: less than slots of the longest record for all.
     lengths = sum(int(n) for n in (-(-table[:, [11, 14]] // 4096) * 4096).ravel())
-    assert room - lengths < (2 << 20)
+    assert room - lengths < (1 << 20) + 100_000  # what is no slot; one length for all adds 640 kB
     expected = None
     for threads in (1, 2):
         _core.set_num_threads(threads)

@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 RUN := $(VENV)/bin/python
 CORE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h .deps/complete)
 
-.PHONY: help setup build demo test check format bench bench-models bench-offload bench-offload-figures bench-lossy bench-prediction soak docs clean
+.PHONY: help setup build demo test check format bench bench-models bench-offload bench-offload-figures bench-lossy bench-prediction bench-serve soak docs clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -15,7 +15,7 @@ help: ## say what there is
 demo: $(STAMPS)/build ## build a small MoE model, pack it, and chat with it in less memory than it has bytes
 	$(RUN) -m zipmoe demo
 
-test: $(STAMPS)/build ## run the tests
+test: $(STAMPS)/build $(STAMPS)/browser ## run the tests
 	$(RUN) -m pytest
 
 check: $(STAMPS)/build ## run linters, type checks, format checks, house rules; generated docs are current
@@ -61,7 +61,12 @@ bench-prediction: $(STAMPS)/build ## measure how well the next layer's experts c
 	$(RUN) benchmarks/prediction.py $(TRACES:%=--traces %) --speed --out benchmarks/results/prediction.json
 	$(RUN) tools/generate_docs.py
 
-soak: $(STAMPS)/build ## run the full volumes of the acceptance points (15 minutes); report in benchmarks/results
+bench-serve: $(STAMPS)/build $(STAMPS)/bench ## measure the server under load: batches, long prompts, first tokens (root, 15 minutes)
+	tools/setup.sh llama
+	$(RUN) benchmarks/serve.py $(COUNTS:%=--counts %) --out benchmarks/results/serve.json
+	$(RUN) tools/generate_docs.py
+
+soak: $(STAMPS)/build $(STAMPS)/browser $(STAMPS)/ray ## run the full volumes of the acceptance points (15 minutes); report in benchmarks/results
 	$(RUN) -m pytest -m soak -o timeout=14400 --soak-report=benchmarks/results/soak.json
 
 docs: $(STAMPS)/build ## write the generated documents again (families.md runs its sweep: minutes)
@@ -76,6 +81,10 @@ $(STAMPS)/venv: tools/setup.sh
 	tools/setup.sh venv
 	@mkdir -p $(STAMPS) && touch $@
 
+$(STAMPS)/browser: $(STAMPS)/venv
+	tools/setup.sh browser
+	@touch $@
+
 $(STAMPS)/packages: $(STAMPS)/venv pyproject.toml tools/fetch_deps.py
 	tools/setup.sh packages
 	@touch $@
@@ -88,6 +97,10 @@ $(STAMPS)/build: $(STAMPS)/packages $(CORE)
 
 $(STAMPS)/bench: $(STAMPS)/packages tools/setup.sh pyproject.toml
 	tools/setup.sh bench
+	@touch $@
+
+$(STAMPS)/ray: $(STAMPS)/packages tools/setup.sh pyproject.toml
+	tools/setup.sh ray
 	@touch $@
 
 clean: ## remove what was built; the virtual environment and cached models stay

@@ -21,16 +21,20 @@ def _log(level: int, text: bytes, _: Any) -> None:
 
 
 class LlamaEngine(Engine):
-    """A GGUF file in llama.cpp, mapped into memory, with llama.cpp's own defaults."""
+    """A GGUF file in llama.cpp, mapped into memory, with llama.cpp's own defaults.
 
-    def __init__(self, path: str, *, context: int, threads: int) -> None:
+    context: tokens of each of so many sequences.
+    """
+
+    def __init__(self, path: str, *, context: int, threads: int, sequences: int = 1) -> None:
         llama_cpp.llama_log_set(_log, None)
         llama_cpp.llama_backend_init()
         of_model = llama_cpp.llama_model_default_params()
         of_model.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), of_model)
         of_context = llama_cpp.llama_context_default_params()
-        of_context.n_ctx = context
+        of_context.n_ctx = context * sequences
+        of_context.n_seq_max = sequences
         of_context.n_threads = of_context.n_threads_batch = threads
         self.context = self.model and llama_cpp.llama_init_from_model(self.model, of_context)
         if not self.context:
@@ -48,6 +52,28 @@ class LlamaEngine(Engine):
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
         llama_cpp.llama_synchronize(self.context)
+
+    def feed_each(self, tokens: list[list[int]], begin: int) -> list[int]:
+        """Run the tokens of all sequences in one pass; the likeliest next token of each.
+
+        As llama.cpp's server does with the sequences of its slots. begin: tokens of each so far.
+        """
+        batch = llama_cpp.llama_batch_init(sum(map(len, tokens)), 0, 1)
+        last = []
+        for sequence, ids in enumerate(tokens):
+            for position, token in enumerate(ids, begin):
+                at = batch.n_tokens
+                batch.token[at], batch.pos[at] = token, position
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
+                batch.logits[at] = position == begin + len(ids) - 1
+                batch.n_tokens += 1
+            last.append(batch.n_tokens - 1)
+        status = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        rows = (llama_cpp.llama_get_logits_ith(self.context, at) for at in last)
+        return [int(np.ctypeslib.as_array(row, (self.vocabulary,)).argmax()) for row in rows]
 
     def reset(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, False)

@@ -46,6 +46,9 @@ struct AttentionMask {
   const void* data = nullptr;  // null: none
   std::ptrdiff_t batch = 0, head = 0, row = 0, key = 0;
   MaskType type = MaskType::boolean;
+
+  // What it says of the queries from `first` on.
+  [[nodiscard]] AttentionMask from_row(std::uint64_t first) const;
 };
 
 // One more score per query, which takes weight and gives nothing: a [batch, heads, queries] tensor.

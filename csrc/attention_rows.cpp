@@ -67,6 +67,17 @@ KeyRun visible(const AttentionRule& rule, u64 keys, u64 row) {
 
 }  // namespace
 
+AttentionMask AttentionMask::from_row(u64 first) const {
+  if (data == nullptr) return *this;
+  const std::ptrdiff_t bytes = type == MaskType::boolean    ? 1
+                               : type == MaskType::bfloat16 ? sizeof(std::uint16_t)
+                                                            : sizeof(float);
+  AttentionMask rest = *this;
+  rest.data =
+      static_cast<const std::uint8_t*>(data) + static_cast<std::ptrdiff_t>(first) * row * bytes;
+  return rest;
+}
+
 void append_runs(const AttentionRule& rule, u64 keys, u64 batch, u64 head, u64 row,
                  std::vector<KeyRun>& runs) {
   const auto [from, to] = visible(rule, keys, row);

@@ -1,5 +1,5 @@
 // Whole layers from packed weights: products, gated blocks, experts. One call at a time; one that
-// is under way is suspended after a group of experts or after attention while others are urgent.
+// is under way is suspended after a group of experts or a piece of attention if others are urgent.
 //
 // Which thread computes what changes no bit: every output row belongs to one piece of work, and
 // experts are summed in ascending order of their numbers, whatever the order in which they came.
@@ -143,8 +143,12 @@ class Engine : private EngineCall {
   void run_attention(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
   void add(const std::uint16_t* x, const std::uint16_t* more, std::uint64_t rows,
            std::uint64_t width, std::uint16_t* out);
-  void project(const AttentionBlock& block, const Columns& x);
-  void place_heads(const AttentionBlock& block, const AttentionCall& call);
+  void project(const AttentionBlock& block, const Columns& x, std::uint64_t first,
+               std::uint64_t tokens);
+  void place_heads(const AttentionBlock& block, const AttentionCall& call, std::uint64_t begin,
+                   std::uint64_t count);
+  void see_keys(const AttentionBlock& block, const AttentionCall& call, std::uint64_t first,
+                std::uint64_t queries, std::uint16_t* attended);
   PackedMatrix packed(ExpertCache& cache, Lease& lease, std::uint64_t layer, std::uint64_t expert,
                       std::uint64_t matrix);
 

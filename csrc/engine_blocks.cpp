@@ -9,6 +9,9 @@
 namespace zipmoe {
 namespace {
 
+// Tokens of a sequence that are attended to together; urgent calls pass between two such pieces.
+constexpr std::uint64_t kAttendedTogether = 256;
+
 void require(bool is_so, const char* what) {
   if (!is_so) throw std::invalid_argument(what);
 }
@@ -86,36 +89,62 @@ void Engine::attend(const AttentionBlock& block, const AttentionCall& call, std:
   run_attention(block, call, y);
 }
 
+// All keys and values come first, since a mask may show a token those that follow it.
 void Engine::run_attention(const AttentionBlock& block, const AttentionCall& call,
                            std::uint16_t* y) {
-  const std::uint64_t tokens = call.batch * call.queries, width = block.width;
-  const std::uint64_t hidden = block.query.weights->columns(), inner = block.heads * width;
-  const auto stride = [](std::uint64_t n) { return static_cast<std::ptrdiff_t>(n); };
-  project(block, ready_columns({call.x, stride(hidden), tokens}, hidden, columns_));
-  place_heads(block, call);
-  const auto* queries = reinterpret_cast<const std::uint16_t*>(heads_[0].data());
+  const std::uint64_t tokens = call.batch * call.queries;
+  const std::uint64_t hidden = block.query.weights->columns(), inner = block.heads * block.width;
+  const auto each_piece = [&](const auto& work) {
+    const std::uint64_t most = call.batch == 1 ? kAttendedTogether : tokens;
+    for (std::uint64_t first = 0; first < tokens; first += most) {
+      if (first != 0) give_way();
+      work(first, std::min(most, tokens - first));
+    }
+  };
+  each_piece([&](std::uint64_t first, std::uint64_t count) {
+    const Input states{call.x + first * hidden, static_cast<std::ptrdiff_t>(hidden), count};
+    project(block, ready_columns(states, hidden, columns_), first, tokens);
+    place_heads(block, call, first, count);
+  });
+  give_way();
   auto* attended = grown<std::uint16_t>(attended_, tokens * inner);
+  each_piece([&](std::uint64_t first, std::uint64_t count) {
+    std::uint16_t* part = attended + first * inner;
+    see_keys(block, call, first, count / call.batch, part);
+    const PackedMatrix& output = *block.output.weights;
+    const Input states{part, static_cast<std::ptrdiff_t>(inner), count};
+    product(output, ready_columns(states, inner, columns_), block.output.bias,
+            y + first * output.rows(), static_cast<std::ptrdiff_t>(output.rows()));
+  });
+}
+
+// What some queries of each sequence get from its keys and values.
+void Engine::see_keys(const AttentionBlock& block, const AttentionCall& call, std::uint64_t first,
+                      std::uint64_t queries, std::uint16_t* attended) {
+  const std::uint64_t inner = block.heads * block.width;
+  const auto at = [](std::uint64_t n) { return static_cast<std::ptrdiff_t>(n); };
+  const auto* heads = reinterpret_cast<const std::uint16_t*>(heads_[0].data());
   const AttentionInput input{
-      {call.batch, block.heads, block.kv_heads, call.queries, block.width, block.width},
-      {queries, stride(call.queries * inner), stride(width), stride(inner)},
+      {call.batch, block.heads, block.kv_heads, queries, block.width, block.width},
+      {heads + first * inner, at(call.queries * inner), at(block.width), at(inner)},
       call.cached};
   AttentionRule rule;
   rule.scaling = block.scaling;
   rule.causal = call.causal;
-  rule.mask = call.mask;
-  attention_.run(input, rule,
-                 {attended, stride(call.queries * inner), stride(width), stride(inner)});
-  const PackedMatrix& output = *block.output.weights;
-  product(output, ready_columns({attended, stride(inner), tokens}, inner, columns_),
-          block.output.bias, y, stride(output.rows()));
+  rule.offset = at(first);
+  rule.mask = call.mask.from_row(first);
+  attention_.run(input, rule, {attended, at(queries * inner), at(block.width), at(inner)});
 }
 
-// Queries, keys and values of the new tokens, rounded.
-void Engine::project(const AttentionBlock& block, const Columns& x) {
+// Queries, keys and values of some of the new tokens, rounded.
+void Engine::project(const AttentionBlock& block, const Columns& x, std::uint64_t first,
+                     std::uint64_t tokens) {
   const std::array parts{&block.query, &block.key, &block.value};
   std::array<std::uint16_t*, 3> rooms;
-  for (std::size_t m = 0; m < parts.size(); ++m)
-    rooms[m] = grown<std::uint16_t>(heads_[m], parts[m]->weights->rows() * x.count);
+  for (std::size_t m = 0; m < parts.size(); ++m) {
+    const std::uint64_t rows = parts[m]->weights->rows();
+    rooms[m] = grown<std::uint16_t>(heads_[m], rows * tokens) + rows * first;
+  }
   products(std::array{parts[0]->weights, parts[1]->weights, parts[2]->weights}, x,
            [&](std::size_t m, const float* values, std::uint64_t begin, std::uint64_t rows,
                std::uint32_t c) {
@@ -126,7 +155,8 @@ void Engine::project(const AttentionBlock& block, const Columns& x) {
 }
 
 // Norms and rotations; keys and values go to the cache.
-void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call) {
+void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call,
+                         std::uint64_t begin, std::uint64_t count) {
   const NormRow norm_row_of = norm_row(isa_);
   const std::uint64_t width = block.width;
   const auto at = [](std::uint64_t n) { return static_cast<std::ptrdiff_t>(n); };
@@ -135,37 +165,35 @@ void Engine::place_heads(const AttentionBlock& block, const AttentionCall& call)
     if (!rule) return;
     for (std::uint64_t k = 0; k < words; k += rule->width) norm_row_of(row + k, *rule, row + k);
   };
-  pool_->run(call.batch * call.queries, kPieceTokens,
-             [&](unsigned, std::uint64_t first, std::uint64_t last) {
-               for (std::uint64_t t = first; t < last; ++t) {
-                 const std::uint64_t b = t / call.queries, q = t % call.queries;
-                 const CachedTokens& cached = call.cached[b];
-                 const auto place = [&](std::uint16_t* data, std::ptrdiff_t head,
-                                        std::ptrdiff_t token, std::uint64_t h) {
-                   return data + at(h) * head + at(cached.count - call.queries + q) * token;
-                 };
-                 const auto row = [&](std::size_t m, std::uint64_t heads) {
-                   return reinterpret_cast<std::uint16_t*>(heads_[m].data()) +
-                          at(t * heads * width);
-                 };
-                 const auto rotate = [&](std::uint16_t* words) {
-                   dot_.rotate(words, call.cos.at(b, 0, q), call.sin.at(b, 0, q), call.rotated / 2);
-                 };
-                 std::uint16_t* queries = row(0, block.heads);
-                 std::uint16_t* keys = row(1, block.kv_heads);
-                 const std::uint16_t* values = row(2, block.kv_heads);
-                 norm_heads(block.query_norm, queries, block.heads * width);
-                 norm_heads(block.key_norm, keys, block.kv_heads * width);
-                 for (std::uint64_t h = 0; h < block.heads; ++h) rotate(queries + h * width);
-                 for (std::uint64_t h = 0; h < block.kv_heads; ++h) {
-                   rotate(keys + h * width);
-                   std::copy_n(keys + h * width, width,
-                               place(cached.keys, cached.key_head, cached.key_row, h));
-                   std::copy_n(values + h * width, width,
-                               place(cached.values, cached.value_head, cached.value_row, h));
-                 }
-               }
-             });
+  pool_->run(count, kPieceTokens, [&](unsigned, std::uint64_t first, std::uint64_t last) {
+    for (std::uint64_t t = begin + first; t < begin + last; ++t) {
+      const std::uint64_t b = t / call.queries, q = t % call.queries;
+      const CachedTokens& cached = call.cached[b];
+      const auto place = [&](std::uint16_t* data, std::ptrdiff_t head, std::ptrdiff_t token,
+                             std::uint64_t h) {
+        return data + at(h) * head + at(cached.count - call.queries + q) * token;
+      };
+      const auto row = [&](std::size_t m, std::uint64_t heads) {
+        return reinterpret_cast<std::uint16_t*>(heads_[m].data()) + at(t * heads * width);
+      };
+      const auto rotate = [&](std::uint16_t* words) {
+        dot_.rotate(words, call.cos.at(b, 0, q), call.sin.at(b, 0, q), call.rotated / 2);
+      };
+      std::uint16_t* queries = row(0, block.heads);
+      std::uint16_t* keys = row(1, block.kv_heads);
+      const std::uint16_t* values = row(2, block.kv_heads);
+      norm_heads(block.query_norm, queries, block.heads * width);
+      norm_heads(block.key_norm, keys, block.kv_heads * width);
+      for (std::uint64_t h = 0; h < block.heads; ++h) rotate(queries + h * width);
+      for (std::uint64_t h = 0; h < block.kv_heads; ++h) {
+        rotate(keys + h * width);
+        std::copy_n(keys + h * width, width,
+                    place(cached.keys, cached.key_head, cached.key_row, h));
+        std::copy_n(values + h * width, width,
+                    place(cached.values, cached.value_head, cached.value_row, h));
+      }
+    }
+  });
 }
 
 }  // namespace zipmoe

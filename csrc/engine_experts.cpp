@@ -18,7 +18,7 @@
 namespace zipmoe {
 namespace {
 
-constexpr std::uint64_t kFewColumns = 64;
+constexpr std::uint64_t kFewColumns = 128;
 }  // namespace
 
 // Forgets tasks and their leases, whatever happens.

@@ -16,6 +16,9 @@ namespace {
 // few columns stay in the first cache while all of these rows pass.
 constexpr std::uint32_t kManyColumns = 24;
 constexpr std::uint64_t kManyRows = 32;
+// Turns in which a few more columns are multiplied straight from the codes than a kernel takes: the
+// second one finds the codes in the second cache, and decodes less than panels cost.
+constexpr std::uint32_t kCodedTurns = 2;
 
 // Rows of a decoded panel do not lie a power of two apart, for the reason given at column_stride.
 constexpr std::uint32_t kPanelSkew = 32;
@@ -109,8 +112,8 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
   }
   const std::uint64_t unit = matrix.row_unit();
   // In between, the columns take the first cache, and each row group goes there alone.
-  const bool together =
-      x.count <= dot_.coded_columns || x.count >= kManyColumns || matrix.layout_.has_value();
+  const bool is_coded = x.count <= kCodedTurns * dot_.coded_columns;
+  const bool together = is_coded || x.count >= kManyColumns || matrix.layout_.has_value();
   const std::uint64_t step = together ? std::max(unit, kManyRows / unit * unit) : unit;
   for (std::uint64_t row = begin; row < end; row += step) {
     const std::uint64_t real = std::min(step, end - row);
@@ -121,8 +124,10 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
       raw(strip, x);
     else if (matrix.layout_)
       integers(strip, x);
-    else if (x.count <= dot_.coded_columns)
-      fused(strip, x);
+    else if (is_coded)
+      for (std::uint32_t c = 0; c < x.count; c += dot_.coded_columns)
+        fused({matrix, strip.begin, strip.end, part(strip.sums, 0, c)},
+              part(x, 0, c, std::min(dot_.coded_columns, x.count - c)));
     else
       by_panels(strip, x);
     for (std::uint32_t c = 0; c < x.count; ++c) {

@@ -2,11 +2,13 @@
 // a time. What a thread does while it is urgent goes before that: an ordinary call inside is asked
 // to give way, where it can; it waits there until nobody is urgent any more, and goes on.
 //
-// So an urgent call waits for no more than an ordinary one does between two such places. Urgent
-// blocks that follow each other closely must not stop an ordinary call for good: if it waited
-// during one, it has a turn from one such place to the next before the calls of another begin.
+// Urgent blocks that follow each other closely must not stop ordinary calls: these have, after they
+// have waited, kOwedTimes as long before urgent ones come in again, less what they took too long
+// the last time to get to such a place. So beside urgent blocks without a pause what is ordinary
+// takes 1 + 1 / kOwedTimes times as long as alone, and those take 1 + kOwedTimes times as long.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <mutex>
@@ -36,12 +38,16 @@ class Turnstile {
   void leave() noexcept;
 
   // For the call inside: whether it has to give way; does so, until its turn comes again.
-  [[nodiscard]] bool is_wanted() const { return !is_urgent_ && num_urgent_ != 0; }
+  [[nodiscard]] bool is_wanted() const {
+    return !is_urgent_ && num_urgent_ != 0 && Clock::now() >= owed_until_;
+  }
   void give_way();
 
  private:
   using Lock = std::unique_lock<std::mutex>;
-  void await_turn(Lock& lock);
+  using Clock = std::chrono::steady_clock;
+  static constexpr double kOwedTimes = 1.3;
+  void await_turn(Lock& lock, Clock::duration late);
 
   std::mutex ordinary_;  // held by the ordinary call that is under way
   std::mutex mutex_;     // guards all that follows
@@ -52,6 +58,10 @@ class Turnstile {
   bool is_urgent_ = false;  // the call inside
   bool waits_ = false;      // the ordinary call under way
   bool is_owed_ = false;    // to it: a turn
+  // Until then ordinary calls have their turns. Read without the lock by the one inside, who set
+  // it.
+  Clock::time_point owed_until_;
+  Clock::time_point wanted_since_;  // when the last urgent block began
 };
 
 }  // namespace zipmoe

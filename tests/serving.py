@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 import zipmoe
-from zipmoe import kv
 from zipmoe.serve.api import build
 from zipmoe.serve.limits import Limits
 from zipmoe.serve.server import bound_socket
@@ -69,8 +68,7 @@ class Served:
     def __init__(self, loaded: Any, limits: Limits, key: str | None, name: str) -> None:
         self.loaded, self.lines = loaded, []
         self.streams = Watched(loaded)
-        held = CONVERSATIONS * kv.room(loaded.context)
-        self.service = Service(loaded, self.streams, name, limits, kv_tokens=held)
+        self.service = Service(loaded, self.streams, name, limits)
         app = build(self.service, self.lines.append, key=key, is_local=True)
         self._socket = bound_socket("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

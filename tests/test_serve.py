@@ -328,6 +328,17 @@ def test_the_next_turn_reuses_the_kv_cache_and_gives_the_same_answer(served, sol
     assert cached > len(solo(HELLO).token_ids)
 
 
+def test_several_answers_read_their_prompt_once(served, solo):
+    prompt = [{"role": "user", "content": "once " * 20}]
+    served.streams.prefilled.clear()
+    answer = post(served, **GREEDY | {"messages": prompt, "n": 4}).json()
+    alone = solo(prompt)
+    assert [choice["message"]["content"] for choice in answer["choices"]] == [alone.text] * 4
+    assert sorted(served.streams.prefilled)[:-1] == [1, 1, 1]
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert served.streams.prefilled[0] > 20
+
+
 # ---- leaving
 
 

@@ -1,29 +1,28 @@
-"""Many clients at once, some of whom leave or talk nonsense: every answer is still the solo one."""
+"""A crowd of clients: every answer is the solo one, memory is as promised, and faults pass."""
 
-import random
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
-from collections import Counter
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from crowd import Crowd, Questions
+from faulty_drive import faulty_drive
 from serving import serving
 from small_store import write_store
+from test_serve_life import running
+from test_suspension import give_few_slots
 
-import zipmoe
-from zipmoe.generate import generate
 from zipmoe.serve.limits import Limits
 
-LEAVING, NONSENSE = 1 / 3, 0.02
-PROMPTS = [[{"role": "user", "content": "ab" * n}] for n in range(1, 13)]
-LENGTHS = (1, 5, 20, 60)
-BAD = [
-    {"content": b"{", "headers": {"content-type": "application/json"}},
-    {"json": {"model": "tiny"}},
-    {"json": {"model": "tiny", "messages": PROMPTS[0], "max_tokens": 10**9}},
-    {"json": {"model": "other", "messages": PROMPTS[0]}},
-    {"json": {"model": "tiny", "messages": PROMPTS[0], "temperature": "hot"}},
-]
+BYTES = ["ab" * n for n in range(1, 13)]
+WORDS = [f"Name {n} things that are {colour}." for n in "23" for colour in ("red", "big", "old")]
+POOL = min(32, 4 + (os.cpu_count() or 1))  # threads that asyncio keeps for blocking calls
+SHARD = "experts-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -31,90 +30,105 @@ def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("load"))
 
 
-class Clients:
-    """Clients that ask until `end`. `counts`: how their requests ended."""
-
-    def __init__(self, url, expected, end, seed):
-        self.url, self.expected, self.end, self.seed = url, expected, end, seed
-        self.counts, self.wrong = Counter(), []
-
-    def run(self, number):
-        draw = random.Random(f"{self.seed}-{number}")
-        with httpx.Client(base_url=self.url, timeout=120) as client:
-            while time.monotonic() < self.end:
-                try:
-                    self.counts[self.ask(client, draw)] += 1
-                except Exception as error:  # noqa: BLE001 - the test shows it
-                    self.wrong.append(repr(error))
-                    return
-
-    def ask(self, client, draw):
-        if draw.random() < NONSENSE:
-            status = client.post("/v1/chat/completions", **draw.choice(BAD)).status_code
-            assert status in {400, 404, 422}, status
-            return "nonsense"
-        at, length = draw.randrange(len(PROMPTS)), draw.choice(LENGTHS)
-        fields = {"model": "tiny", "messages": PROMPTS[at], "temperature": 0, "max_tokens": length}
-        if draw.random() < LEAVING:
-            with client.stream(
-                "POST", "/v1/chat/completions", json=fields | {"stream": True}
-            ) as response:
-                for _, _ in zip(response.iter_lines(), range(draw.randrange(1, 8)), strict=False):
-                    pass
-            return "left"
-        response = client.post("/v1/chat/completions", json=fields)
-        if response.status_code == 429:
-            time.sleep(0.05)
-            return "queue full"
-        assert response.status_code == 200, response.text
-        text = response.json()["choices"][0]["message"]["content"]
-        assert text == self.expected[at, length], (at, length, text)
-        return "answered"
+@pytest.fixture(scope="module")
+def questions(store):
+    return Questions(store, BYTES, "16GB")
 
 
-def solo(store):
-    """Answers of one client alone, by prompt and length: a shorter one begins the longest."""
-    expected = {}
-    with zipmoe.load(store, memory="16GB", context=200) as loaded:
-        for at, prompt in enumerate(PROMPTS):
-            tokens = generate(loaded, prompt, max_tokens=max(LENGTHS)).token_ids
-            for length in LENGTHS:
-                said = loaded.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-                expected[at, length] = said
-    return expected
+def gauge(url, name):
+    pattern = rf"^zipmoe:{name}{{.*}} (\S+)$"
+    found = re.search(pattern, httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return float(found[1])
 
 
-def load(store, clients, seconds, seed):
-    """Let clients loose on a server; return their counts and the server's account of memory."""
-    expected = solo(store)
-    limits = Limits(streams=16, queue=32)
-    with serving(store, context=200, limits=limits) as served:
-        crowd = Clients(served.url, expected, time.monotonic() + seconds, seed)
-        threads = [threading.Thread(target=crowd.run, args=(n,)) for n in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert crowd.wrong == []
-        end = time.monotonic() + 5
-        while any(served.service.scheduler.load()[k] for k in ("running", "waiting")):
-            assert time.monotonic() < end
-        assert served.service.scheduler._room.reserved == 0
-        assert served.service.scheduler.status() == ("ok", None)
-    assert served.streams.open_streams == 0
-    return crowd.counts
+def held(process):
+    """Count the threads and descriptors of a process."""
+    return tuple(len(list(Path(f"/proc/{process.pid}/{of}").iterdir())) for of in ("task", "fd"))
 
 
-def test_a_crowd_gets_the_answers_that_each_would_get_alone(store):
-    counts = load(store, clients=12, seconds=6, seed=1)
+def settled(url):
+    """Wait until no answer is being written."""
+    end = time.monotonic() + 60
+    while gauge(url, "num_requests_running") or gauge(url, "num_requests_waiting"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def load(store, questions, memory, *, clients, seconds, seed, spoilt=0.0):
+    """Let a crowd loose on the command, its drive failing meanwhile; give what it came to."""
+    words = ["--memory", str(memory), "--context", "200", "--conversations", "16"]
+    with faulty_drive(store) as drive:
+        words += ["--queue", "32", "--name", questions.model]
+        with running(drive.path, *words) as server:
+            Crowd(server.url, questions, 1.0, "first").run(clients)
+            settled(server.url)
+            before = held(server.process)
+            crowd = Crowd(server.url, questions, seconds, seed)
+            fault = threading.Timer(seconds / 4, crowd.spoil, (drive, SHARD, spoilt))
+            if spoilt:
+                fault.start()
+            crowd.run(clients)
+            fault.cancel()
+            assert crowd.wrong == []
+            settled(server.url)
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            assert gauge(server.url, "memory_peak_bytes") <= memory
+            most = (before[0] + POOL, before[1])
+            end = time.monotonic() + 30  # idle connections are closed after 5 s
+            while any(now > then for now, then in zip(held(server.process), most, strict=True)):
+                assert time.monotonic() < end, (held(server.process), most)
+                time.sleep(0.2)
+            peak = gauge(server.url, "memory_peak_bytes")
+            assert server.end() == 0
+    return dict(crowd.counts) | {"peak_bytes": int(peak), "memory_bytes": memory}
+
+
+def test_a_crowd_gets_the_answers_that_each_would_get_alone(store, questions):
+    counts = load(store, questions, 2_000_000_000, clients=12, seconds=5, seed=1)
     assert counts["answered"] > 10
     assert counts["left"] > 3
 
 
+def test_a_drive_that_fails_for_a_while_ends_what_it_must_with_503(store, questions):
+    with faulty_drive(store) as drive:
+        limits = Limits(streams=16, queue=32)
+        with serving(drive.path, context=200, limits=limits, name="store") as served:
+            give_few_slots(served.loaded)
+            crowd = Crowd(served.url, questions, 6.0, 2)
+            fault = threading.Timer(1.5, crowd.spoil, (drive, SHARD, 1.5))
+            fault.start()
+            crowd.run(12)
+            fault.join()
+            assert crowd.wrong == []
+            assert crowd.counts["unreadable"] > 0
+            assert crowd.counts["answered"] > 10
+            settled(served.url)
+            assert served.service.scheduler._room.reserved == 0
+            assert httpx.get(f"{served.url}/health").status_code == 200
+    assert served.streams.open_streams == 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    subprocess.run(
+        [sys.executable, "-m", "zipmoe", "demo", "--json", "--folder", folder],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return folder
+
+
 @pytest.mark.soak
-def test_a_large_crowd_gets_the_answers_that_each_would_get_alone(store, soak_record):
-    counts = load(store, clients=64, seconds=180, seed=soak_record.seed)
-    soak_record("64 clients for 3 minutes", **counts)
+def test_a_large_crowd_talks_with_the_demo_model_in_half_of_its_memory(demo, soak_record):
+    half = sum(file.stat().st_size for file in (demo / "checkpoint").iterdir()) // 2
+    asked = Questions(demo / "store", WORDS, "8GB")
+    counts = load(
+        demo / "store", asked, half, clients=64, seconds=180, seed=soak_record.seed, spoilt=10
+    )
+    soak_record("64 clients for 3 minutes, in half of the checkpoint's bytes", **counts)
     assert counts["answered"] > 100
     assert counts["left"] > 50
     assert counts["nonsense"] > 0
+    assert counts["unreadable"] > 0

@@ -16,11 +16,11 @@ from transformers.utils.chat_parsing import ResponseParser
 from zipmoe import kv
 from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
-from zipmoe.serve.demand import Demand
 from zipmoe.serve.documents import ChatWriter
 from zipmoe.serve.limits import Limits
 from zipmoe.serve.machine import Spent, diagnose
 from zipmoe.serve.pieces import StopTexts
+from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.prompts import ToolCalls
 from zipmoe.serve.room import KvRoom
 from zipmoe.serve.scheduler import Scheduler
@@ -101,6 +101,9 @@ class FakeStreams:
     def open(self):
         return SimpleNamespace(tokens=[], length=0)
 
+    def fork(self, stream, length):
+        return SimpleNamespace(tokens=stream.tokens[:length], length=length)
+
     def truncate(self, stream, length):
         stream.tokens = stream.tokens[:length]
         stream.length = length
@@ -111,7 +114,7 @@ class FakeStreams:
 
 def wanting(prompt, max_tokens=10):
     request = Request("r", prompt, sink=lambda _: None)
-    return SimpleNamespace(request=request, max_tokens=max_tokens, stream=None, reserved=0)
+    return SimpleNamespace(request=request, index=0, max_tokens=max_tokens, stream=None, reserved=0)
 
 
 def fill(answer, tokens):
@@ -119,7 +122,7 @@ def fill(answer, tokens):
 
 
 def test_answers_are_let_in_while_there_is_room_and_give_it_back():
-    room = KvRoom(FakeStreams(), 3 * kv.room(50))
+    room = KvRoom(FakeStreams(), 3 * kv.room(50), kv.room)
     answers = [wanting([1] * 40) for _ in range(4)]
     assert [room.admit(answer) for answer in answers] == [True, True, True, False]
     room.release(answers[0], keep=False)
@@ -130,7 +133,7 @@ def test_answers_are_let_in_while_there_is_room_and_give_it_back():
 
 
 def test_the_next_turn_takes_the_kept_stream_and_another_conversation_leaves_it():
-    room = KvRoom(FakeStreams(), 10 * kv.room(50))
+    room = KvRoom(FakeStreams(), 10 * kv.room(50), kv.room)
     first = wanting([1, 2, 3, 4])
     room.admit(first)
     fill(first, [1, 2, 3, 4, 5, 6])
@@ -150,7 +153,7 @@ def test_the_next_turn_takes_the_kept_stream_and_another_conversation_leaves_it(
 
 def test_kept_streams_make_room_the_oldest_first():
     streams = FakeStreams()
-    room = KvRoom(streams, 2 * kv.room(50))
+    room = KvRoom(streams, 2 * kv.room(50), kv.room)
     for token in (1, 2):
         answer = wanting([token] * 40)
         room.admit(answer)
@@ -160,6 +163,25 @@ def test_kept_streams_make_room_the_oldest_first():
     assert streams.closed == 1
     assert room.admit(wanting([2] * 50, 1)) is True
     assert room.used <= room.total
+
+
+def test_what_a_running_answer_shares_is_copied_if_it_is_worth_it():
+    room = KvRoom(FakeStreams(), 10 * kv.room(50), kv.room)
+    first = wanting([*range(40)])
+    room.admit(first)
+    fill(first, range(45))
+    sibling = wanting([*range(40)])
+    room.admit(sibling)
+    assert sibling.stream is not first.stream
+    assert (sibling.stream.tokens, sibling.request.cached_tokens) == ([*range(39)], 39)
+    other = wanting([*range(5), 9, 9, 9])
+    room.admit(other)
+    assert other.stream.length == 0
+    for answer in (first, sibling, other):
+        room.release(answer, keep=False)
+    last = wanting([*range(40)])
+    room.admit(last)
+    assert last.stream.length == 0
 
 
 # ---- the scheduler
@@ -187,11 +209,11 @@ def test_a_prompt_is_not_read_to_its_end_when_nobody_waits_for_it(way, status):
     streams, told = Endless(), []
     scheduler = Scheduler(
         streams,
-        kv_tokens=4096,
+        room=KvRoom(streams, 4096, kv.room),
         limits=Limits(),
         metrics=MagicMock(),
         probe=[1],
-        demand=MagicMock(),
+        popularity=MagicMock(),
     )
     request = Request("r", [1, 2, 3], told.append)
     request.answers.append(
@@ -277,15 +299,15 @@ def test_the_diagnosis_names_what_takes_the_time():
     assert diagnose(spent(tokens=1), saved=0.5).startswith("idle")
 
 
-def test_demand_says_what_more_room_would_save():
+def test_popularity_says_what_more_room_would_save():
     routing = [(0, 2, [0, 0, 0, 0, 1, 1, 2, 3]), (1, 2, [3, 3])]
     engine = SimpleNamespace(
         record_routing=lambda _: None, take_routing=lambda: [routing.pop(0)] if routing else []
     )
     layers = [SimpleNamespace(experts=4)] * 2
-    demand = Demand(SimpleNamespace(engine=engine, layers=layers))
+    popularity = Popularity(SimpleNamespace(engine=engine, layers=layers))
     for _ in range(2):
-        demand.note()
-    assert np.isclose(demand.saved(2, 1), 0.5)  # of 2 + 1 + 1 choices of absent experts
-    assert demand.saved(2, 10) == 1
-    assert demand.saved(8, 1) == 0
+        popularity.note()
+    assert np.isclose(popularity.saved(2, 1), 0.5)  # of 2 + 1 + 1 choices of absent experts
+    assert popularity.saved(2, 10) == 1
+    assert popularity.saved(8, 1) == 0

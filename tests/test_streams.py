@@ -254,7 +254,7 @@ def test_a_stream_that_is_closed_in_the_middle_of_its_prompt_ends(
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
-def test_what_a_stream_takes_is_within_what_is_said(name: str, family_store: Any) -> None:
+def test_what_a_stream_takes_is_within_what_is_set_aside(name: str, family_store: Any) -> None:
     with zipmoe.load(family_store(name), memory="64GB", context=512) as loaded:
         streams = Streams(loaded)
         for tokens in (1, 255, 256, 600):
@@ -262,13 +262,37 @@ def test_what_a_stream_takes_is_within_what_is_said(name: str, family_store: Any
             streams.prefill(stream, [5] * tokens)
             spaces = [space for layer in stream.cache.layers for space in layer._rooms]
             taken = sum(space.nbytes for space in spaces)
-            assert taken + 2 * max(space.nbytes for space in spaces) <= streams.kv_bytes(tokens)
-            if streams.is_ragged:
-                assert streams.kv_bytes(tokens) <= 2 * taken
-            scratch = streams.bytes_for(tokens) - streams.kv_bytes(tokens)
-            assert scratch == loaded.memory.scratch * (2 if tokens == 600 else 1)
-        vocabulary = loaded.model.config.vocab_size
-        assert streams.step_bytes(16) >= loaded.memory.scratch + 16 * vocabulary * 4
+            most = loaded.runtime.stream_bytes(tokens)
+            assert taken + 2 * max(space.nbytes for space in spaces) <= most
+            assert most <= 2 * taken + 100
+
+
+def test_a_copy_goes_on_as_the_whole_would_and_leaves_the_other_alone(family_store: Any) -> None:
+    with zipmoe.load(family_store("qwen2_moe"), memory="64GB") as loaded:
+        streams = Streams(loaded)
+        prompt, rest = [*range(3, 40)], [5, 6]
+        one = streams.open()
+        streams.prefill(one, prompt)
+        streams.decode([one], [7])
+        two = streams.fork(one, len(prompt) - 1)
+        assert two is not None
+        assert two.tokens == prompt[:-1]
+        expected = alone(loaded, [*prompt, *rest], len(prompt))
+        assert torch.equal(streams.prefill(two, prompt[-1:]), expected[0])
+        for token, logits in zip(rest, expected[1:], strict=True):
+            assert torch.equal(streams.decode([two], [token])[0], logits)
+        both = streams.decode([one, two], [8, 8])
+        assert torch.equal(both[0], alone(loaded, [*prompt, 7, 8], len(prompt) + 2)[0])
+        assert streams.fork(one, 1000) is None
+
+
+def test_what_cannot_be_parted_is_not_copied(family_store: Any) -> None:
+    with zipmoe.load(family_store("qwen3_next"), memory="64GB") as loaded:
+        streams = Streams(loaded)
+        one = streams.open()
+        assert streams.fork(one, 0) is None
+        streams.prefill(one, [3, 4, 5])
+        assert streams.fork(one, 2) is None
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "qwen3_next"])

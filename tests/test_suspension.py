@@ -146,17 +146,19 @@ def test_steps_in_the_middle_of_a_prefill_change_no_bit(
             )
 
 
-def test_an_urgent_step_waits_for_one_group_at_most_and_nobody_is_in_its_way_then(
+def test_an_urgent_step_waits_for_one_group_and_nobody_is_in_its_way_then(
     family_store: Any,
 ) -> None:
     with zipmoe.load(family_store("qwen2_moe"), memory="64GB") as loaded:
         give_few_slots(loaded)
         engine, head = loaded.runtime.source.engine, loaded.model.lm_head
         x = torch.zeros(1, head.weight.shape[1], dtype=torch.bfloat16)
-        waited, until = [], time.monotonic() + PATIENCE
+        waited, took, until = [], 0.0, time.monotonic() + PATIENCE
         with Prefill(loaded.model), torch.no_grad():
             while len(waited) < 300 or suspensions(loaded) < 20:
                 assert time.monotonic() < until
+                time.sleep(2 * took)  # until the prefill has had what the last block owes it
+                begin = time.monotonic()
                 with engine.urgent():
                     first = engine.counters()["groups"]
                     head(x)
@@ -166,7 +168,9 @@ def test_an_urgent_step_waits_for_one_group_at_most_and_nobody_is_in_its_way_the
                     time.sleep(0.0005)
                     assert engine.counters()["groups"] == second
                 waited.append(second - first)
-        assert set(waited) == {0, 1}
+                took = time.monotonic() - begin
+        # A thread that woke late is owed more than was waited for here.
+        assert sum(groups > 1 for groups in waited) < len(waited) / 10
 
 
 def test_urgent_blocks_without_a_pause_do_not_stop_a_prefill(family_store: Any) -> None:
@@ -188,6 +192,28 @@ def test_urgent_blocks_without_a_pause_do_not_stop_a_prefill(family_store: Any) 
             block.__exit__()
         assert blocks > 0
         assert suspensions(loaded) > waits
+
+
+def test_a_prefill_gets_more_time_than_urgent_blocks_without_a_pause(family_store: Any) -> None:
+    with zipmoe.load(family_store("qwen2_moe"), memory="64GB") as loaded, torch.no_grad():
+        give_few_slots(loaded)
+        engine, prefill = loaded.runtime.source.engine, Prefill(loaded.model)
+        prefill.once()
+        begin, blocks = time.monotonic(), 0
+        prefill.once()
+        alone = time.monotonic() - begin
+        groups = engine.counters()["groups"]
+        until = time.monotonic() + PATIENCE
+        with prefill:
+            while len(prefill.results) < 5:
+                assert time.monotonic() < until
+                with engine.urgent():
+                    time.sleep(alone / 4)
+                blocks += 1
+        groups = engine.counters()["groups"] - groups
+    # Else it would have a group's time after each block.
+    assert blocks < groups / 4
+    assert blocks < 5 * 8
 
 
 def test_an_error_in_a_step_leaves_the_prefill_whole(family_store: Any) -> None:

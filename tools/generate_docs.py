@@ -2,8 +2,8 @@
 
     python tools/generate_docs.py [--check]
 
-docs/cli.md comes from the commands' own help, tables of docs/results.md and docs/lossy.md from
-benchmarks/results.
+docs/cli.md comes from the commands' own help, the tables of docs/results.md, docs/serving.md and
+docs/lossy.md from benchmarks/results.
 """
 
 import sys
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
-from results_page import results_page
+from results_page import with_results
 from typer.testing import CliRunner
 
 from zipmoe.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ("results.md", "serving.md", "lossy.md")
 INTRODUCTION = """# The commands
 
 <!-- Written by tools/generate_docs.py from the commands' help; `make docs` writes it again. -->
@@ -64,8 +65,9 @@ def cli_page() -> str:
 def main() -> None:
     """Write or check every generated document."""
     stale = []
-    pages = {ROOT / "docs" / "cli.md": cli_page()}
-    pages |= {ROOT / "docs" / name: results_page(name) for name in ("results.md", "lossy.md")}
+    docs = ROOT / "docs"
+    pages = {docs / "cli.md": cli_page()}
+    pages |= {page: with_results(page) for page in map(docs.joinpath, RESULTS)}
     for path, text in pages.items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue

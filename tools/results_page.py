@@ -1,6 +1,6 @@
-"""The published numbers: results of benchmarks → the tables of docs/results.md and docs/lossy.md.
+"""The published numbers: results of benchmarks → the tables of docs/results.md and its like.
 
-None is typed by hand: what stands between two marks on those pages is written here.
+None is typed by hand: what stands between two marks on these pages is written here.
 """
 
 import json
@@ -28,9 +28,9 @@ ARM_HEAD = [
 MARKED = re.compile(r"(<!-- from (\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def results_page(name: str) -> str:
-    """Return a page of docs as it should be."""
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+def with_results(page: Path) -> str:
+    """Return a page as it should be."""
+    text = page.read_text(encoding="utf-8")
     return MARKED.sub(lambda mark: f"{mark[1]}{tables(mark[2])}{mark[3]}", text)
 
 
@@ -74,7 +74,8 @@ def offload(result: dict[str, Any]) -> Iterator[str]:
 def where(result: dict[str, Any]) -> str:
     """Say on what it was measured."""
     machine = result["machine"]
-    rates = sorted(run["drive_bytes_s"] / 1e9 for run in result["runs"]) or [0.0]
+    read = [run["drive_bytes_s"] for run in result["runs"] if "drive_bytes_s" in run]
+    rates = sorted(rate / 1e9 for rate in read) or [0.0]
     facts = [
         machine["processor"],
         f"{machine['cores']} cores",
@@ -163,9 +164,48 @@ def prediction(result: dict[str, Any]) -> Iterator[str]:
     return lossy_page.prediction(result, table)
 
 
+def serve(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what serve.json says."""
+    yield where(result)
+    yield "Tokens a second of all answers together, medians over rounds (least to most)."
+    rows = sorted(result["summary"]["batches"], key=serve_order)
+    head = [
+        "engine",
+        "memory",
+        "topics",
+        "answers",
+        "tokens/s",
+        "times one answer",
+        "MB read a token",
+    ]
+    yield table(head, [serve_row(row) for row in rows])
+    yield "What was asked of it, and whether it held:"
+    asked = [asked_row(row) for row in result["summary"]["asked"]]
+    yield table(["", "asked", "measured", "held"], asked)
+
+
+def serve_order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Order batches: all in memory first, then by topics, engine and size."""
+    return row["share"] is not None, row["kind"], row["arm"] != "zipmoe", row["batch"]
+
+
+def serve_row(row: dict[str, Any]) -> list[str]:
+    """Return the row of a batch."""
+    return [
+        row["arm"],
+        "all" if row["share"] is None else f"{row['share']:.0%}",
+        "one each" if row["kind"] == "different" else "the same",
+        str(row["batch"]),
+        spread(row["tokens_s"]),
+        spread(row["times_single"]),
+        f"{row['read_mb']['median']:.0f}" if "read_mb" in row else "",
+    ]
+
+
 SECTIONS = {
     "offload": offload,
     "offload_figures": figures,
+    "serve": serve,
     "lossy": lossy,
     "prediction": prediction,
 }

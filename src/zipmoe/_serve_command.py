@@ -165,7 +165,6 @@ def _serve(
 
     with server.bound_socket(*address) as taken:
         from ._session import loaded_model
-        from .kv import room
         from .serve.api import build
         from .serve.service import Service
         from .streams import Streams as ModelStreams
@@ -175,8 +174,7 @@ def _serve(
         if key is None and not is_local:
             terminal.say(f"anybody who can reach {host} can use this server: there is no key")
         with loaded_model(terminal, store, **options) as loaded:
-            held = room(loaded.context) * options["conversations"]
-            service = Service(loaded, ModelStreams(loaded), name, limits, kv_tokens=held)
+            service = Service(loaded, ModelStreams(loaded), name, limits)
             try:
                 app = build(service, _line(terminal), key=key, is_local=is_local)
                 shown = f"[{host}]" if ":" in host else host

@@ -167,31 +167,29 @@ class Streams:
             self._go_back(stream, length)
         return stream.length
 
-    def bytes_for(self, tokens: int) -> int:
-        """Bound the bytes of a sequence of that many tokens: its KV cache, and scratch to read it.
+    def fork(self, stream: Stream, length: int) -> Stream | None:
+        """Begin a sequence with a copy of another's first `length` tokens.
 
-        The scratch is that of a prompt of the whole context, or of several.
+        The other may be decoded meanwhile in another thread. None: its states cannot be parted, or
+        it does not hold so many tokens any more.
         """
-        contexts = max(1, -(-tokens // self._runtime.context))
-        return self.kv_bytes(tokens) + contexts * self._runtime.report.scratch
-
-    def kv_bytes(self, tokens: int) -> int:
-        """Bound the bytes of a sequence's KV cache, rooms and their growth included."""
-        if not self.is_ragged:
-            contexts = max(1, -(-tokens // self._runtime.context))
-            return contexts * self._runtime.report.kv
-        layers = [
-            2 * kv_heads * width * torch.bfloat16.itemsize
-            for _, kv_heads, width, _ in (m.heads for m in _native_attentions(self._model))
-        ]
-        return kv.room(tokens) * (sum(layers) + max(layers))
-
-    def step_bytes(self, streams: int) -> int:
-        """Bound the bytes that a decode step of that many streams takes besides what they hold."""
-        most = self._model.config.get_text_config(decoder=True).vocab_size
-        logits = streams * most * (torch.bfloat16.itemsize + 2 * torch.float32.itemsize)
-        contexts = max(1, -(-streams // self._runtime.context))
-        return contexts * self._runtime.report.scratch + logits
+        layers = getattr(stream.cache, "layers", ())
+        if not layers or any(type(layer) is not kv.GrowingLayer for layer in layers):
+            return None
+        tokens, copy = stream.tokens[:length], self.open()
+        lending = self._runtime.lending
+        assert lending is not None
+        lending.begin(length)
+        try:
+            for ours, theirs in zip(copy.cache.layers, layers, strict=True):
+                keys, values = theirs.keys[:, :, :length], theirs.values[:, :, :length]
+                if not len(tokens) == keys.shape[2] == values.shape[2] == length:
+                    return None
+                ours.update(keys, values)
+        finally:
+            lending.end()
+        copy.tokens = tokens
+        return copy
 
     def _new_cache(self) -> Any:
         if not self._model._supports_default_dynamic_cache():
@@ -255,14 +253,10 @@ class Streams:
             stream.cache, stream.tokens = self._new_cache(), []
 
 
-def _native_attentions(model: Any) -> list[NativeAttention]:
-    return [module for module in model.modules() if isinstance(module, NativeAttention)]
-
-
 def _is_ragged(model: Any, cache: Any) -> bool:
     """Tell whether native attention can do all there is to attend to, whatever the lengths."""
     layers = getattr(cache, "layers", ())
-    native = {module.layer_idx for module in _native_attentions(model)}
+    native = {module.layer_idx for module in model.modules() if isinstance(module, NativeAttention)}
     # Rotations that depend on the longest sequence of a batch.
     kinds = [str(getattr(module, "rope_type", "")) for module in model.modules()]
     depends = any("dynamic" in kind or "longrope" in kind for kind in kinds)

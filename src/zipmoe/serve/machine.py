@@ -78,7 +78,7 @@ class Machine:
         """Estimate the part of the reads that `_MORE_BYTES` of memory would save."""
         cache = self._service.loaded.runtime.cache
         more = round(_MORE_BYTES / (cache.allocated_bytes / cache.slots))
-        return self._service.demand.saved(cache.slots, more)
+        return self._service.popularity.saved(cache.slots, more)
 
     def _spent(self) -> Spent:
         counters, metrics = self._service.metrics.counters(), self._service.metrics

@@ -28,7 +28,6 @@ from zipmoe.serve.errors import (
     too_late,
     unreadable,
 )
-from zipmoe.serve.room import KvRoom
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,9 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zipmoe.serve.answer import Answer, Request
-    from zipmoe.serve.demand import Demand
     from zipmoe.serve.limits import Limits
     from zipmoe.serve.metrics import Metrics
+    from zipmoe.serve.popularity import Popularity
+    from zipmoe.serve.room import KvRoom
 
 __all__ = ["Scheduler", "Streams"]
 
@@ -62,6 +62,9 @@ class Streams(Protocol):
     def truncate(self, stream: Any, length: int) -> int:
         """Forget all but the first tokens; give how many are left."""
 
+    def fork(self, stream: Any, length: int) -> Any:
+        """Begin a sequence with a copy of another's first tokens; None: it cannot be."""
+
     def close(self, stream: Any) -> None:
         """Free its memory; a prefill of it in another thread ends with `kv.UnwantedError`."""
 
@@ -69,25 +72,25 @@ class Streams(Protocol):
 class Scheduler:
     """Takes requests and computes their answers until it is closed.
 
-    kv_tokens: how many tokens there is KV cache for. urgent: entered around each
-    step, so that a prompt that is being read waits for it. probe: tokens to compute when the
-    store could not be read, to see whether it can be again.
+    room: the memory for KV caches. urgent: entered around each step, so that a prompt that is being
+    read waits for it. probe: tokens to compute when the store could not be read, to see whether it
+    can be again.
     """
 
     def __init__(
         self,
         streams: Streams,
         *,
-        kv_tokens: int,
+        room: KvRoom,
         limits: Limits,
         metrics: Metrics,
         probe: Sequence[int],
-        demand: Demand,
+        popularity: Popularity,
         urgent: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._streams, self._limits, self._metrics = streams, limits, metrics
-        self._probe_tokens, self._urgent, self._demand = list(probe), urgent, demand
-        self._room = KvRoom(streams, kv_tokens)
+        self._probe_tokens, self._urgent, self._popularity = list(probe), urgent, popularity
+        self._room = room
         self._changed = threading.Condition()
         self._waiting: list[Answer] = []
         self._reading: Answer | None = None
@@ -146,7 +149,7 @@ class Scheduler:
             return "ok", None
 
     def load(self) -> dict[str, int]:
-        """Count answers waiting and running, and tokens of KV cache used and there."""
+        """Count answers waiting and running, and bytes of KV cache used and there."""
         with self._changed:
             return {
                 "waiting": len(self._waiting),
@@ -229,7 +232,7 @@ class Scheduler:
             answer.fail(gone() if answer.request.is_cancelled else stopping(self._limits.grace))
         else:
             self._readable()
-            self._demand.note()
+            self._popularity.note()
             self._metrics.prompt_read(answer.request, len(rest), time.monotonic() - started)
             self._took(answer, logits)
         with self._changed:
@@ -268,7 +271,7 @@ class Scheduler:
             else:
                 self._readable()
             self._metrics.stepped(len(batch), time.monotonic() - started)
-            self._demand.note()
+            self._popularity.note()
             for answer, logits in zip(batch, rows, strict=True):
                 if logits is not None:
                     self._took(answer, logits)

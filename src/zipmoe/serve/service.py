@@ -12,12 +12,13 @@ from zipmoe._errors import ZipmoeError
 from zipmoe.serve.answer import Answer, Delta, Request
 from zipmoe.serve.choose import Chooser, Sampling
 from zipmoe.serve.constrain import Constraints
-from zipmoe.serve.demand import Demand
 from zipmoe.serve.documents import ChatWriter, TextWriter
 from zipmoe.serve.errors import no_model, refused, too_long
 from zipmoe.serve.metrics import Metrics
 from zipmoe.serve.pieces import Pieces
+from zipmoe.serve.popularity import Popularity
 from zipmoe.serve.prompts import Prompts
+from zipmoe.serve.room import KvRoom
 from zipmoe.serve.scheduler import Scheduler
 from zipmoe.serve.schemas import ChatRequest, CompletionRequest
 
@@ -36,8 +37,8 @@ _PROBE_TOKENS = 4
 class Service:
     """One model that is served under a name.
 
-    kv_tokens: how many tokens there is KV cache for. It has computed a token when it is made. Close
-    it, or threads stay.
+    loaded: with memory for conversations. It has computed a token when it is made. Close it, or
+    threads stay.
 
     Raises
     ------
@@ -47,9 +48,7 @@ class Service:
         The store cannot be read.
     """
 
-    def __init__(
-        self, loaded: Loaded, streams: Streams, name: str, limits: Limits, *, kv_tokens: int
-    ) -> None:
+    def __init__(self, loaded: Loaded, streams: Streams, name: str, limits: Limits) -> None:
         if loaded.tokenizer is None:
             raise ZipmoeError("the checkpoint has no tokenizer: it cannot be served")
         self.loaded, self.name, self.limits = loaded, name, limits
@@ -65,14 +64,14 @@ class Service:
         streams.prefill(first, probe)
         streams.close(first)
         engine = loaded.runtime.source.engine
-        self.demand = Demand(loaded.runtime.source)
+        self.popularity = Popularity(loaded.runtime.source)
         self.scheduler = Scheduler(
             streams,
-            kv_tokens=kv_tokens,
+            room=KvRoom(streams, loaded.memory.kv, loaded.runtime.stream_bytes),
             limits=limits,
             metrics=self.metrics,
             probe=probe,
-            demand=self.demand,
+            popularity=self.popularity,
             urgent=nullcontext if engine is None else engine.urgent,
         )
         self.metrics.load = self.scheduler.load
@@ -80,7 +79,7 @@ class Service:
     def close(self) -> None:
         """End what is left, and the threads."""
         self.scheduler.close()
-        self.demand.close()
+        self.popularity.close()
 
     def request(
         self, asked: ChatRequest | CompletionRequest, sink: Callable[[Delta], object]

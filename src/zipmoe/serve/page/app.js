@@ -212,7 +212,7 @@ function showRequests(load, streams) {
   at("requests").replaceChildren(...dots);
   at("requests-text").textContent = `${load.running} running, ${load.waiting} waiting`;
   bar("kv", [{ size: load.kv_used, colour: "c", name: "in use" }], load.kv_total);
-  at("kv-text").textContent = `${load.kv_used} of ${load.kv_total} tokens`;
+  at("kv-text").textContent = `${bytes(load.kv_used)} of ${bytes(load.kv_total)}`;
 }
 
 function show(picture) {

@@ -10,12 +10,12 @@ import numpy as np
 if TYPE_CHECKING:
     from zipmoe._expert_source import ExpertSource
 
-__all__ = ["Demand"]
+__all__ = ["Popularity"]
 
 _MEMORY = 1_000_000  # choices after which older ones count half
 
 
-class Demand:
+class Popularity:
     """Counts what the routers of a model choose, from now on. Only where the engine runs them."""
 
     def __init__(self, source: ExpertSource) -> None:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 TARGETS = "0.005,0.01,0.02,0.05"
+MIXED = "three widths, no more bytes than INT4"
 CHOSEN = 0.02  # whose widths are given to experts at random, and whose store is written
 RANKED_WINDOWS = 8  # of the calibration, where many widths are measured
 SHARES = (0.3, 0.5)
@@ -155,7 +156,7 @@ class Bench:
                 {"what": f"at most {target:.1%}", "target": target} | self.row(found.widths)
             )
             print(rows[-1], flush=True)
-        rows.append({"what": "three widths, no more bytes than INT4"} | self.row(self.mixed()))
+        rows.append({"what": MIXED} | self.row(self.mixed()))
         return {
             "windows": [len(self._text.windows), len(self._held), WINDOW],
             "rows": rows,
@@ -314,6 +315,8 @@ def asked(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
                 chosen["perplexity"],
                 most=other["perplexity"],
             )
+    mixed = rows[MIXED]["perplexity"]
+    ask(f"perplexity of {MIXED}", mixed, most=rows["uniform int4"]["perplexity"])
     return asked
 
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 TARGETS = "0.005,0.01,0.02,0.05"
+MIXED = "three widths, no more bytes than INT4"
 CHOSEN = 0.02  # whose widths are given to experts at random, and whose store is written
 RANKED_WINDOWS = 8  # of the calibration, where many widths are measured
 SHARES = (0.3, 0.5)
@@ -118,7 +119,8 @@ class Bench:
             "expert_bytes": stored,
             "over_bf16": round(stored / plain, 4),
             "perplexity": round(quality.perplexity, 4),
-            "loss": round(self.measure.loss(widths), 5),
+            "loss": round(self.measure.loss(widths).mean, 5),
+            "loss_bound": round(self.measure.loss(widths).bound, 5),
             "held_out_perplexity": round(float(torch.tensor(held).exp()), 4),
             "held_out_loss": round(float(torch.tensor(held - before).expm1()), 5),
             "same_token": round(statistics.mean(same), 4),
@@ -154,7 +156,7 @@ class Bench:
                 {"what": f"at most {target:.1%}", "target": target} | self.row(found.widths)
             )
             print(rows[-1], flush=True)
-        rows.append({"what": "three widths, no more bytes than INT4"} | self.row(self.mixed()))
+        rows.append({"what": MIXED} | self.row(self.mixed()))
         return {
             "windows": [len(self._text.windows), len(self._held), WINDOW],
             "rows": rows,
@@ -297,6 +299,7 @@ def asked(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         asked.append({"what": what, "measured": measured, **limit, "held": bool(held)})
 
     ask("loss on the calibration", chosen["loss"], most=CHOSEN)
+    ask("its bound", chosen["loss_bound"], most=CHOSEN)
     if model == "demo":
         ask("expert bytes over BF16", chosen["over_bf16"], most=0.45)
         ask("loss on the other text", chosen["held_out_loss"], most=0.025)
@@ -312,6 +315,8 @@ def asked(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
                 chosen["perplexity"],
                 most=other["perplexity"],
             )
+    mixed = rows[MIXED]["perplexity"]
+    ask(f"perplexity of {MIXED}", mixed, most=rows["uniform int4"]["perplexity"])
     return asked
 
 

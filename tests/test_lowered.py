@@ -16,7 +16,7 @@ from zipmoe._measuring import Measuring, loaded_to_measure
 from zipmoe.calibration import Item, calibration, read_text
 from zipmoe.importance import spearman
 from zipmoe.lowered import LOSSLESS, LoweredExperts
-from zipmoe.quality import Quality, loss_of, measure, token_losses
+from zipmoe.quality import Quality, QualityLoss, loss_of, measure, token_losses
 from zipmoe.rounding import Rounding
 from zipmoe.widths import uniform
 
@@ -46,7 +46,7 @@ def test_without_lowering_the_loss_is_that_of_the_stock_model(folder, measuring)
     windows = measuring._calibration.windows
     expected = token_losses(stock(folder), windows).mean().item()
     assert measuring.quality({}).nll == pytest.approx(expected, abs=1e-6)
-    assert measuring.loss(uniform(measuring.places, LOSSLESS)) == 0
+    assert measuring.loss(uniform(measuring.places, LOSSLESS)) == QualityLoss(0, 0)
 
 
 @pytest.mark.parametrize("keep", [0, 10_000, 10**9])
@@ -147,9 +147,23 @@ def test_accuracy_is_the_share_of_answers_that_greedy_decoding_gives(measuring):
 
 
 def test_losses_are_relative_for_perplexity_and_points_for_accuracy():
-    before, now = Quality(2.0, 0.9), Quality(2.0 + math.log(1.02), 0.85)
-    assert loss_of(now, before, "perplexity") == pytest.approx(0.02)
-    assert loss_of(now, before, "accuracy") == pytest.approx(0.05)
+    before = Quality((1.0, 3.0, 2.0), (True, True, False, True))
+    now = Quality(tuple(x + math.log(1.02) for x in before.windows), (True, False, False, True))
+    assert now.accuracy == 0.5
+    assert now.perplexity == pytest.approx(1.02 * math.exp(2))
+    found = loss_of(now, before, "perplexity")
+    assert found.mean == found.bound == pytest.approx(0.02)  # all windows lose the same
+    assert loss_of(now, before, "accuracy").mean == pytest.approx(0.25)
+    assert loss_of(now, before, "accuracy").bound == pytest.approx(0.25 + 1.645 * 0.5 / 2)
+
+
+def test_the_bound_holds_for_other_texts_nineteen_times_of_twenty():
+    rng = np.random.default_rng(1)
+    before, held = Quality((2.0,) * 24), 0
+    for _ in range(2000):
+        now = Quality(tuple(2.0 + rng.normal(0.02, 0.03, 24)))
+        held += loss_of(now, before, "perplexity").bound >= math.expm1(0.02)
+    assert 0.93 < held / 2000 < 0.97
 
 
 def test_a_text_is_cut_into_windows_and_hashed(measuring):

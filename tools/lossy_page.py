@@ -10,7 +10,7 @@ HEAD = [
     "experts",
     "bytes of BF16",
     "perplexity",
-    "loss",
+    "loss, at most",
     "loss on the other text",
     "same likeliest token",
 ]
@@ -54,11 +54,16 @@ def row_of(row: dict[str, Any]) -> list[str]:
         row["what"],
         ", ".join(f"{count} {width}" for width, count in sorted(row["experts"].items())),
         f"{row['over_bf16']:.3f}",
-        f"{row['perplexity']:.3f}",
-        f"{row['loss']:.2%}",
-        f"{row['held_out_loss']:.2%}",
+        f"{row['perplexity']:.5g}",
+        f"{percent(row['loss'])}, {percent(row['loss_bound'])}",
+        percent(row["held_out_loss"]),
         f"{row['same_token']:.1%}",
     ]
+
+
+def percent(loss: float) -> str:
+    """Write a loss; beyond a factor of ten what matters is that all is lost."""
+    return f"{loss:.2%}" if loss < 9 else "over 900%"
 
 
 def asked_row(row: dict[str, Any]) -> list[str]:

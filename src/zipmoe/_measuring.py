@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zipmoe import importance
 from zipmoe.lowered import LOSSLESS, LoweredExperts
 from zipmoe.model import load
-from zipmoe.quality import PASS_TOKENS, Quality, loss_of, measure, passes
+from zipmoe.quality import PASS_TOKENS, Quality, QualityLoss, loss_of, measure, passes
 from zipmoe.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ class Measuring:
         end = self.passes_done + self.passes
         found = self._known.get(["quality", named], lambda: self._measure(widths))
         self._pass_over(end)
-        return Quality(**found)
+        return Quality(tuple(found["windows"]), tuple(found["answered"]))
 
-    def loss(self, widths: Mapping[Place, str]) -> float:
+    def loss(self, widths: Mapping[Place, str]) -> QualityLoss:
         """Say what these widths lose of the lossless model's quality."""
         return loss_of(self.quality(widths), self.quality({}), self._metric)
 
@@ -110,7 +110,7 @@ class Measuring:
         if self.after_pass:
             self.after_pass()
 
-    def _measure(self, widths: Mapping[Place, str]) -> dict[str, float | None]:
+    def _measure(self, widths: Mapping[Place, str]) -> dict[str, Any]:
         self.lowered.set_widths(widths)
         return asdict(measure(self._model, self._calibration, after_pass=self._passed))
 

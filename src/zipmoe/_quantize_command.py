@@ -21,8 +21,9 @@ MaxLoss = Annotated[
     typer.Option(
         min=0,
         metavar="X",
-        help="Most that may be lost, on the calibration: of perplexity in proportion (0.02: it "
-        "grows by 2 %), of accuracy in points (0.02: 2 of 100 tasks).",
+        help="Most that may be lost on texts like the calibration, with a confidence of 95 %: of "
+        "perplexity in proportion (0.02: it grows by 2 %), of accuracy in points (0.02: 2 of 100 "
+        "tasks).",
     ),
 ]
 Calibration = Annotated[
@@ -112,7 +113,10 @@ def _said(out: Path, report: QuantizeReport) -> str:
     widths = ", ".join(f"{count} {name}" for name, count in report.experts.items())
     share = report.stored_expert_bytes / report.expert_bytes
     made = f"{out}: lossy, {format_bytes(report.store_bytes)}; experts {share:.3f} of their BF16"
-    cost = f"{report.metric} loss {report.reached:.2%} of at most {report.target:.2%}"
+    cost = (
+        f"{report.metric} loss {report.reached:.2%} on the calibration, at most {report.bound:.2%} "
+        f"by its spread, of {report.target:.2%}"
+    )
     measured = f"perplexity {report.lossless_perplexity:.3f} -> {report.perplexity:.3f}"
     if report.accuracy is not None and report.lossless_accuracy is not None:
         measured += f"; accuracy {report.lossless_accuracy:.1%} -> {report.accuracy:.1%}"

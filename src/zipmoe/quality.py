@@ -8,44 +8,75 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from zipmoe.calibration import Calibration
 
-__all__ = ["METRICS", "Quality", "loss_of", "measure", "passes", "token_losses"]
+__all__ = ["Quality", "QualityLoss", "loss_of", "measure", "passes", "token_losses"]
 
-METRICS = ("perplexity", "accuracy")
+_CONFIDENT = 1.645  # standard errors: 95 % of a normal distribution lie below
 PASS_TOKENS = 2048  # of the windows that run together
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean negative log-likelihood of a token in nats, and the share of tasks answered right."""
+    """Mean negative log-likelihood of a token in nats, window by window, and tasks answered."""
 
-    nll: float
-    accuracy: float | None = None
+    windows: tuple[float, ...]
+    answered: tuple[bool, ...] = ()
+
+    @property
+    def nll(self) -> float:
+        """Of all windows, which have the same number of tokens."""
+        return fmean(self.windows)
 
     @property
     def perplexity(self) -> float:
         """What the loss of a token amounts to: so many tokens equally likely."""
         return math.exp(self.nll)
 
+    @property
+    def accuracy(self) -> float | None:
+        """Share of tasks answered right; None where there are none."""
+        return fmean(self.answered) if self.answered else None
 
-def loss_of(now: Quality, before: Quality, metric: str) -> float:
-    """Say what was lost: of perplexity in proportion (0.02: 2 % more), of accuracy in points."""
+
+@dataclass(frozen=True)
+class QualityLoss:
+    """What was lost: of perplexity in proportion (0.02: 2 % more), of accuracy in points.
+
+    bound: what it is at most on texts of this kind, with a confidence of 95 %, as far as windows
+    (or tasks) that differ from each other tell.
+    """
+
+    mean: float
+    bound: float
+
+
+def loss_of(now: Quality, before: Quality, metric: str) -> QualityLoss:
+    """Compare two measurements on the same calibration."""
     if metric == "perplexity":
-        return math.expm1(now.nll - before.nll)
-    assert now.accuracy is not None
-    assert before.accuracy is not None
-    return before.accuracy - now.accuracy
+        mean, bound = _bounded(now.windows, before.windows)
+        return QualityLoss(math.expm1(mean), math.expm1(bound))
+    return QualityLoss(*_bounded(before.answered, now.answered))
+
+
+def _bounded(more: Sequence[float], less: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences, and the upper end of its one-sided confidence interval."""
+    differences = [one - other for one, other in zip(more, less, strict=True)]
+    mean = fmean(differences)
+    if len(differences) < 2:
+        return mean, mean
+    return mean, mean + _CONFIDENT * stdev(differences) / math.sqrt(len(differences))
 
 
 def passes(windows: Tensor, tokens: int = PASS_TOKENS) -> tuple[Tensor, ...]:
@@ -75,19 +106,17 @@ def measure(
     model: Any, calibration: Calibration, *, after_pass: Callable[[], object] | None = None
 ) -> Quality:
     """Measure a model. `after_pass` is called now and then, so that progress can be shown."""
-    total, count = 0.0, 0
+    windows: list[float] = []
     for some in passes(calibration.windows):
-        losses = token_losses(model, some)
-        total, count = total + float(losses.sum()), count + losses.numel()
+        windows += token_losses(model, some).mean(dim=1).tolist()
         if after_pass:
             after_pass()
-    right = 0
+    answered = []
     for item in calibration.items:
-        right += _is_answered(model, item.prompt, item.answer)
+        answered.append(_is_answered(model, item.prompt, item.answer))
         if after_pass:
             after_pass()
-    items = len(calibration.items)
-    return Quality(total / count, right / items if items else None)
+    return Quality(tuple(windows), tuple(answered))
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ from zipmoe.store import open_store
 from zipmoe.widths import Assignment, bracket, fewest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from zipmoe.lowered import Place
-    from zipmoe.quality import Quality
+    from zipmoe.quality import Quality, QualityLoss
 
     Progress = Callable[[int, int], None]
 
@@ -51,9 +51,9 @@ class QuantizeOptions:
     """What the user may choose.
 
     max_loss: of perplexity in proportion (0.02: 2 % more), of accuracy in points (0.02: 2 of 100
-    tasks). text: None for the sample that comes with zipmoe. task: a file of tasks, which the
-    metric "accuracy" needs. importance: "estimate" or "exhaustive". scale_group: weights that share
-    a scale, 64, or 0 for a row. memory: as for `zipmoe.load`.
+    tasks), with a confidence of 95 %. text: None for the sample that comes with zipmoe. task: a
+    file of tasks, which the metric "accuracy" needs. importance: "estimate" or "exhaustive".
+    scale_group: weights that share a scale, 64, or 0 for a row. memory: as for `zipmoe.load`.
     """
 
     max_loss: float
@@ -71,6 +71,7 @@ class Choice:
     """Widths, and the quality that was measured with them and without."""
 
     found: Assignment
+    loss: QualityLoss
     bits: list[list[int]]  # by layer, by expert
     now: Quality
     before: Quality
@@ -85,6 +86,7 @@ class QuantizeReport:
     metric: str
     target: float
     reached: float
+    bound: float  # of what is lost on texts of this kind, with a confidence of 95 %
     importance: str
     pair: tuple[str, str]
     experts: dict[str, int]
@@ -158,6 +160,7 @@ def choose_widths(
         layers = [layer.experts for layer in loaded.runtime.source.layers]
         return Choice(
             found,
+            measure.loss(found.widths),
             bits_of(found.widths, layers),
             measure.quality(found.widths),
             measure.quality({}),
@@ -175,7 +178,7 @@ def write_chosen(
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Write the lossy store that was chosen. Raises as `requantize_store`."""
-    loss = Loss(options.metric, options.max_loss, choice.found.loss, choice.calibration_sha256)
+    loss = Loss(options.metric, options.max_loss, choice.loss.mean, choice.calibration_sha256)
     written = requantize_store(
         store, out, choice.bits, loss=loss, scale_group=options.scale_group, progress=progress
     )
@@ -183,7 +186,8 @@ def write_chosen(
     return QuantizeReport(
         metric=options.metric,
         target=options.max_loss,
-        reached=choice.found.loss,
+        reached=choice.loss.mean,
+        bound=choice.loss.bound,
         importance=options.importance,
         pair=choice.found.pair,
         experts=written.experts,
@@ -217,12 +221,16 @@ def find_widths(
             progress(min(measure.passes_done, total), total)
 
     measure.after_pass = passed
-    pair = bracket(measure.places, measure.loss, options.max_loss)
+
+    def bound(widths: Mapping[Place, str]) -> float:
+        return measure.loss(widths).bound
+
+    pair = bracket(measure.places, bound, options.max_loss)
     order = list(measure.places)
     if pair[0] != pair[1]:
         importance = measure.importance(pair, options.importance)
         order.sort(key=importance.__getitem__)
-    return fewest(order, pair, measure.loss, options.max_loss)
+    return fewest(order, pair, bound, options.max_loss)
 
 
 def bits_of(widths: dict[Place, str], experts: list[int]) -> list[list[int]]:

@@ -168,6 +168,7 @@ void decode_integers(Codec codec, const Grid& grid, const Extents& extents, cons
   const IntegerLayout layout(codec, grid, extents.sign_mantissa.size(), extents.exponent.size());
   if (codec == Codec::int8 && !extents.sign_mantissa.empty()) check_codes(extents.sign_mantissa);
   check_scales(extents.exponent);
+  if (grid.blocks() == 0) return;
   // Extents may come at any address.
   std::vector<std::uint16_t> scales(extents.exponent.size() / sizeof(std::uint16_t));
   std::memcpy(scales.data(), extents.exponent.data(), extents.exponent.size());

@@ -17,7 +17,7 @@ namespace {
 
 constexpr std::uint16_t kInfinity = 0x7F80;
 
-// A row's weights in FP32, and what becomes of them; the end is filled up to a whole group.
+// A row's weights in FP32, and what becomes of them.
 struct Row {
   std::vector<float> weights;
   std::vector<std::int8_t> integers;

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import signal
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +17,7 @@ import pytest
 import torch
 from families import Answers
 from family_sweep import compare
+from killing import killed
 from lossy_store import LOSS, mixed, write_lossy
 from serving import serving
 from small_store import write_store
@@ -190,32 +187,20 @@ def test_an_interrupted_write_continues_to_the_same_bytes(
         requantize_store(original, tmp_path / "s", [[4] * 8] * 2, loss=LOSS)
 
 
-def write_in_child(original: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    sys.stderr.close()
-    _write.BATCH_BYTES = 1
-    requantize_store(original, folder, mixed(original), loss=LOSS, jobs=2)
+def write_killed(original: Path, folder: Path, seconds: float) -> bool:
+    def write() -> None:
+        requantize_store(original, folder, mixed(original), loss=LOSS, jobs=2)
 
-
-def killed(original: Path, folder: Path, seconds: float) -> bool:
-    fork = multiprocessing.get_context("fork")
-    child = fork.Process(target=write_in_child, args=(original, folder))
-    child.start()
-    child.join(seconds)
-    if child.is_alive():
-        os.kill(child.pid, signal.SIGKILL)
-    child.join(60)
-    assert child.exitcode in (0, -signal.SIGKILL)
-    return child.exitcode != 0
+    return killed(write, seconds, batch_bytes=1)
 
 
 def count_kills(original: Path, lossy: Path, folder: Path, rng: random.Random, kills: int) -> int:
     started = time.monotonic()
-    assert not killed(original, folder, 60)
+    assert not write_killed(original, folder, 60)
     needed = time.monotonic() - started
     count = 0
     for _ in range(kills):
-        count += killed(original, folder, rng.uniform(0, needed))
+        count += write_killed(original, folder, rng.uniform(0, needed))
         if rng.random() < 0.5:
             requantize_store(original, folder, mixed(original), loss=LOSS)
             assert content(folder) == content(lossy)

@@ -4,12 +4,10 @@ import fcntl
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import FAMILIES
+from killing import killed
 from test_store import write_manifest
 
 from zipmoe import _write
@@ -139,25 +138,9 @@ def test_an_interrupted_pack_continues_to_the_same_bytes(
         assert again[0] > 0  # the first step is what was already there
 
 
-def pack_in_child(folder, store, batch_bytes):
-    torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
-    sys.stderr.close()
-    _write.BATCH_BYTES = batch_bytes
-    pack_checkpoint(folder, store, jobs=2)
-
-
-def pack_killed(folder, store, seconds, batch_bytes=100_000):
-    """Pack in a forked process and SIGKILL it after `seconds`; whether it was still running."""
-    child = multiprocessing.get_context("fork").Process(
-        target=pack_in_child, args=(folder, store, batch_bytes)
-    )
-    child.start()
-    child.join(seconds)
-    if child.is_alive():
-        os.kill(child.pid, signal.SIGKILL)
-    child.join(60)
-    assert child.exitcode in (0, -signal.SIGKILL)
-    return child.exitcode != 0
+def pack_killed(folder, store, seconds):
+    """Pack, and be killed after `seconds`; whether it was still going on."""
+    return killed(lambda: pack_checkpoint(folder, store, jobs=2), seconds, batch_bytes=100_000)
 
 
 def kill_at_random(folder, expected, tmp_path, rng, kills):
@@ -397,14 +380,15 @@ def test_a_disk_that_fills_up_stops_the_pack_and_it_continues(
     tiny_checkpoint, tiny_store, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(_write, "BATCH_BYTES", 50_000)
+    folder = tiny_checkpoint("mixtral")  # before files are limited
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
         with pytest.raises(SpaceError, match="continues where it stopped"):
-            pack_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "s")
+            pack_checkpoint(folder, tmp_path / "s")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    pack_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "s")
+    pack_checkpoint(folder, tmp_path / "s")
     assert content(tmp_path / "s") == content(tiny_store("mixtral"))
 
 

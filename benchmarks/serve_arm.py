@@ -23,7 +23,7 @@ from zipmoe._process import peak_rss_bytes
 from zipmoe.recording import RoutingRecording
 from zipmoe.routing import save_trace
 from zipmoe.serve.answer import Answer, Request
-from zipmoe.serve.choose import Choice
+from zipmoe.serve.choose import Choice, likeliest
 from zipmoe.serve.limits import Limits
 from zipmoe.serve.metrics import Metrics
 from zipmoe.serve.popularity import Popularity
@@ -51,7 +51,7 @@ class Forced:
         self.tokens, self.times = tokens, list[float]()
 
     def choose(self, logits: Tensor, answer: list[int]) -> Choice:
-        int(logits.argmax())  # as for a greedy answer
+        likeliest(logits)  # as for a greedy answer
         self.times.append(time.perf_counter())
         return Choice(self.tokens[len(answer)])
 

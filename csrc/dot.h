@@ -50,17 +50,22 @@ using MultiplyIntegers = void (*)(const IntegerBlock& block, std::uint32_t heigh
                                   std::uint32_t width, const Columns& x, const Sums& sums);
 
 struct DotKernels {
+  using MultiplyCoded = std::size_t (*)(const CodedBlock& block, std::uint32_t height,
+                                        std::uint32_t width, const Columns& x, const Sums& sums);
+  using MultiplyAndKeep = std::size_t (*)(const CodedBlock& block, const BlockTarget& kept,
+                                          const Columns& x, const Sums& sums);
   // The most columns that `coded*` take at once, up to kCodedColumns: beyond it, decoding into a
   // panel first is as good. 0 where there is no `coded*`.
   std::uint32_t coded_columns;
+  // From this many columns on, several row groups are decoded before they are multiplied, so that a
+  // few columns stay in the first cache while all of these rows pass.
+  std::uint32_t many_columns;
   // A whole block of 2, 3 or 4-bit codes times a few columns. Return how many escapes were
   // consumed.
-  std::size_t (*coded2)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
-                        const Columns& x, const Sums& sums);
-  std::size_t (*coded3)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
-                        const Columns& x, const Sums& sums);
-  std::size_t (*coded4)(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
-                        const Columns& x, const Sums& sums);
+  MultiplyCoded coded2, coded3, coded4;
+  // The same for kCodedColumns columns, and the decoded block kept for columns to come. Null where
+  // decoding first is as good.
+  MultiplyAndKeep keep2 = nullptr, keep3 = nullptr, keep4 = nullptr;
   // A whole block of integer codes times 1 to kCodedColumns columns. With scales a group of 64
   // weights is summed from 0 in the order above, and scale * sum is added to the sum of the output
   // with a single rounding; without, the integers are summed as weights are.

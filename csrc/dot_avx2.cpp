@@ -194,6 +194,7 @@ void reduce(const float* sums, std::size_t n, float* out) {
 
 const DotKernels kAvx2Dot{
     .coded_columns = 2,
+    .many_columns = 24,
     .coded2 = coded<2>,
     .coded3 = coded<3>,
     .coded4 = coded<4>,

@@ -10,10 +10,28 @@
 namespace zipmoe {
 namespace {
 
-template <class Multiply, unsigned kBits, unsigned kColumns>
+// Where decoded rows go as they are multiplied.
+struct Nowhere {
+  static constexpr bool kIsKept = false;
+  void put(std::uint32_t, std::uint32_t, const Words&) const {}
+};
+struct Rows {
+  static constexpr bool kIsKept = true;
+  u16* data;
+  std::ptrdiff_t stride;
+  [[gnu::always_inline]] void put(std::uint32_t row, std::uint32_t column,
+                                  const Words& words) const {
+    u16* to = data + row * stride + column;
+    _mm512_storeu_si512(to, words.first);
+    _mm512_storeu_si512(to + 32, words.second);
+  }
+};
+
+template <class Multiply, unsigned kBits, unsigned kColumns, class Kept = Nowhere>
 std::size_t coded_block(const CodedBlock& block, std::uint32_t height, std::uint32_t width,
-                        const Columns& x, const Sums& sums) {
-  GroupReader<kBits> groups(block);
+                        const Columns& x, const Sums& sums, const Kept& kept = {}) {
+  // A branch between stores costs more than it saves.
+  GroupReader<kBits, kBits == 4 && !Kept::kIsKept> groups(block);
   // One column of 4-bit codes leaves a core idle: processors fetch by themselves then, and better.
   constexpr bool kFetch = kBits < 4 || kColumns > 1;
   for (std::uint32_t row = 0; row < height; row += 4) {
@@ -26,6 +44,7 @@ std::size_t coded_block(const CodedBlock& block, std::uint32_t height, std::uint
         const Words words = groups.next(k);
         first[k] = words.first;
         second[k] = words.second;
+        kept.put(row + k, column, words);
       }
       tile.add(first, x.data + column, x.stride);
       tile.add(second, x.data + column + 32, x.stride);
@@ -48,6 +67,13 @@ std::size_t coded(const CodedBlock& block, std::uint32_t height, std::uint32_t w
     default:
       return coded_block<Multiply, kBits, 4>(block, height, width, x, sums);
   }
+}
+
+template <class Multiply, unsigned kBits>
+std::size_t keep(const CodedBlock& block, const BlockTarget& kept, const Columns& x,
+                 const Sums& sums) {
+  return coded_block<Multiply, kBits, kCodedColumns, Rows>(block, kept.height, kept.width, x, sums,
+                                                           {kept.out, kept.stride});
 }
 
 template <class Multiply, unsigned kColumns>
@@ -131,9 +157,13 @@ template <class Multiply>
 constexpr DotKernels avx512_kernels() {
   return {
       .coded_columns = kCodedColumns,
+      .many_columns = kCodedColumns + 1,
       .coded2 = coded<Multiply, 2>,
       .coded3 = coded<Multiply, 3>,
       .coded4 = coded<Multiply, 4>,
+      .keep2 = keep<Multiply, 2>,
+      .keep3 = keep<Multiply, 3>,
+      .keep4 = keep<Multiply, 4>,
       .int8 = integers<Multiply, 8>,
       .int4 = integers<Multiply, 4>,
       .int2 = integers<Multiply, 2>,

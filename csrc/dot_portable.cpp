@@ -76,6 +76,7 @@ void reduce(const float* sums, std::size_t n, float* out) {
 
 const DotKernels kPortableDot{
     .coded_columns = 0,
+    .many_columns = 24,
     .coded2 = nullptr,
     .coded3 = nullptr,
     .coded4 = nullptr,

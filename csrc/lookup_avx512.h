@@ -110,7 +110,9 @@ inline Words merge_words(__m512i sign_mantissa, __m512i exponents) {
 // Walks through the first level of a block, chunk by chunk: a group of each of four rows. Codes are
 // looked up a chunk before they are needed, and one chunk beyond the block is read: from its lookup
 // to the product a group is on its way for longer than a processor looks ahead by itself.
-template <unsigned kBits>
+// kBranch: groups without an escape are not expanded. With 4 bits hardly one has any, and a branch
+// is cheaper; with fewer it is not.
+template <unsigned kBits, bool kBranch = kBits == 4>
 class GroupReader {
  public:
   explicit GroupReader(const CodedBlock& block)
@@ -128,8 +130,7 @@ class GroupReader {
   [[gnu::always_inline]] Words next(unsigned row) {
     __m512i exponents = ahead_[row];
     const u64 escaped = _cvtmask64_u64(escaped_[row]);
-    // With 4 bits hardly a group has an escape: a branch is cheaper than the expansion.
-    if (kBits < 4 || __builtin_expect(escaped != 0, 0)) {
+    if (!kBranch || __builtin_expect(escaped != 0, 0)) {
       exponents = _mm512_mask_expand_epi8(exponents, escaped_[row], _mm512_loadu_si512(next_));
       next_ += _mm_popcnt_u64(escaped);
     }

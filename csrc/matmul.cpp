@@ -12,13 +12,8 @@
 namespace zipmoe {
 namespace {
 
-// From this many columns on, several row groups are decoded before they are multiplied, so that a
-// few columns stay in the first cache while all of these rows pass.
-constexpr std::uint32_t kManyColumns = 24;
-constexpr std::uint64_t kManyRows = 32;
-// Turns in which a few more columns are multiplied straight from the codes than a kernel takes: the
-// second one finds the codes in the second cache, and decodes less than panels cost.
-constexpr std::uint32_t kCodedTurns = 2;
+// What is decoded before many columns are multiplied with it: no more than half a second cache.
+constexpr std::uint64_t kManyRows = 32, kManyWeights = std::uint64_t{1} << 17;
 
 // Rows of a decoded panel do not lie a power of two apart, for the reason given at column_stride.
 constexpr std::uint32_t kPanelSkew = 32;
@@ -31,6 +26,13 @@ Columns part(const Columns& x, std::uint64_t first_weight, std::uint32_t first,
 Sums part(const Sums& sums, std::uint64_t row, std::uint32_t column) {
   const auto at = static_cast<std::ptrdiff_t>(row) + column * sums.stride;
   return {sums.data + at * static_cast<std::ptrdiff_t>(kSums), sums.stride, sums.begin};
+}
+
+// A kernel of those for 2, 3 and 4-bit codes.
+template <class Kernel>
+Kernel by_codec(const PackedMatrix& matrix, Kernel two, Kernel three, Kernel four) {
+  const Codec codec = matrix.spec().codec;
+  return codec == Codec::rank223 ? two : codec == Codec::rank3 ? three : four;
 }
 
 }  // namespace
@@ -112,9 +114,10 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
   }
   const std::uint64_t unit = matrix.row_unit();
   // In between, the columns take the first cache, and each row group goes there alone.
-  const bool is_coded = x.count <= kCodedTurns * dot_.coded_columns;
-  const bool together = is_coded || x.count >= kManyColumns || matrix.layout_.has_value();
-  const std::uint64_t step = together ? std::max(unit, kManyRows / unit * unit) : unit;
+  const bool is_coded = x.count <= dot_.coded_columns;
+  const bool together = is_coded || x.count >= dot_.many_columns || matrix.layout_.has_value();
+  const std::uint64_t most = std::min(kManyRows, kManyWeights / matrix.columns());
+  const std::uint64_t step = together ? std::max(unit, most / unit * unit) : unit;
   for (std::uint64_t row = begin; row < end; row += step) {
     const std::uint64_t real = std::min(step, end - row);
     const std::uint64_t height = ceil_to(real, kPanelRows);
@@ -125,9 +128,7 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
     else if (matrix.layout_)
       integers(strip, x);
     else if (is_coded)
-      for (std::uint32_t c = 0; c < x.count; c += dot_.coded_columns)
-        fused({matrix, strip.begin, strip.end, part(strip.sums, 0, c)},
-              part(x, 0, c, std::min(dot_.coded_columns, x.count - c)));
+      fused(strip, x);
     else
       by_panels(strip, x);
     for (std::uint32_t c = 0; c < x.count; ++c) {
@@ -166,10 +167,7 @@ static void fetch_ahead(std::span<const std::uint8_t> variable) {
 void Multiplier::fused(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
-  const Codec codec = matrix.spec_.codec;
-  const auto multiply = codec == Codec::rank223 ? dot_.coded2
-                        : codec == Codec::rank3 ? dot_.coded3
-                                                : dot_.coded4;
+  const auto multiply = by_codec(matrix, dot_.coded2, dot_.coded3, dot_.coded4);
   for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
     const std::uint64_t group = row / grid.row_group();
     Sums sums = part(strip.sums, row - strip.begin, 0);
@@ -184,7 +182,7 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
         continue;
       }
       auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
-      decode_tile(strip, group, tile, panel, width);
+      decode_tile(matrix, group, tile, panel, width);
       multiply_panels({panel, width, height, width, {}}, columns, sums);
     }
   }
@@ -218,9 +216,8 @@ void Multiplier::scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std
 }
 
 // Decode a block; its padding columns become 0.
-void Multiplier::decode_tile(const Strip& strip, std::uint64_t group, std::uint64_t tile,
+void Multiplier::decode_tile(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
                              std::uint16_t* panel, std::ptrdiff_t stride) {
-  const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
   const ReadyBlock ready = prepare(matrix, group, tile);
   const BlockTarget target{panel, stride, static_cast<std::uint32_t>(grid.height(group)),
@@ -247,23 +244,58 @@ static Ahead ahead_of(const Grid& grid, const RankExtent& codes, const std::uint
 }
 
 void Multiplier::by_panels(const Strip& strip, const Columns& x) {
-  const Grid& grid = *strip.matrix.grid_;
-  Sums sums = strip.sums;
+  const PackedMatrix& matrix = strip.matrix;
+  const Grid& grid = *matrix.grid_;
+  const auto keep = by_codec(matrix, dot_.keep2, dot_.keep3, dot_.keep4);
+  const std::uint64_t stride = ceil_to(matrix.columns(), kGroupWeights) + kPanelSkew;
+  auto* room = aligned_room<std::uint16_t>(panel_, strip.height() * stride);
+  std::uint64_t end = 0;
+  for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
+    const std::uint64_t group = row / grid.row_group();
+    Sums sums = part(strip.sums, row - strip.begin, 0);
+    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
+      const BlockTarget target{room + (row - strip.begin) * stride + grid.first_column(tile),
+                               static_cast<std::ptrdiff_t>(stride),
+                               static_cast<std::uint32_t>(grid.height(group)),
+                               static_cast<std::uint32_t>(grid.width(tile)), false};
+      if (keep)
+        multiply_and_keep(matrix, group, tile, part(x, grid.first_column(tile), 0, kCodedColumns),
+                          sums, target);
+      else
+        decode_tile(matrix, group, tile, target.out, target.stride);
+      end = grid.first_weight(group, tile) + std::uint64_t{target.height} * target.width;
+    }
+  }
+  const std::uint32_t done = keep ? kCodedColumns : 0;
+  Sums sums = part(strip.sums, 0, done);
   for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
     const auto width = static_cast<std::uint32_t>(grid.width(tile));
-    const std::uint32_t stride = width + kPanelSkew;
-    auto* panel = aligned_room<std::uint16_t>(panel_, strip.height() * stride);
-    std::uint64_t end = 0;
-    for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
-      const std::uint64_t group = row / grid.row_group();
-      decode_tile(strip, group, tile, panel + (row - strip.begin) * stride, stride);
-      end = grid.first_weight(group, tile) + grid.height(group) * width;
-    }
-    const Ahead ahead = ahead_of(grid, *strip.matrix.codes_,
-                                 strip.matrix.extents_.sign_mantissa.data(), end, width);
-    multiply_panels({panel, stride, strip.height(), width, ahead},
-                    part(x, grid.first_column(tile), 0, x.count), sums);
+    Panels panels{room + grid.first_column(tile),
+                  static_cast<std::ptrdiff_t>(stride),
+                  strip.height(),
+                  width,
+                  {}};
+    if (tile == 0 && !keep)
+      panels.ahead =
+          ahead_of(grid, *matrix.codes_, matrix.extents_.sign_mantissa.data(), end, width);
+    multiply_panels(panels, part(x, grid.first_column(tile), done, x.count - done), sums);
   }
+}
+
+// A block times the first columns, straight from the codes, and decoded for the others: both
+// together take less than decoding first, which leaves the units idle that multiply.
+void Multiplier::multiply_and_keep(const PackedMatrix& matrix, std::uint64_t group,
+                                   std::uint64_t tile, const Columns& x, const Sums& sums,
+                                   const BlockTarget& kept) {
+  const ReadyBlock ready = prepare(matrix, group, tile);
+  fetch_ahead(matrix.codes_->variable(ready.block));
+  if (!has_unsafe_padding(*matrix.grid_, tile, ready)) {
+    const auto keep = by_codec(matrix, dot_.keep2, dot_.keep3, dot_.keep4);
+    BlockCodes::finish(ready, keep(ready.coded, kept, x, sums));
+    return;
+  }
+  decode_tile(matrix, group, tile, kept.out, kept.stride);
+  multiply_panels({kept.out, kept.stride, kept.height, kept.width, {}}, x, sums);
 }
 
 // A few columns at a time, all rows of the strip: the columns stay in the first cache.
@@ -338,7 +370,7 @@ void Multiplier::decode_row(const PackedMatrix& matrix, std::uint64_t row, std::
   auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
   for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
     const auto width = static_cast<std::ptrdiff_t>(grid.width(tile));
-    decode_tile(strip, group, tile, panel, width);
+    decode_tile(matrix, group, tile, panel, width);
     std::memcpy(out + grid.first_column(tile),
                 panel + static_cast<std::ptrdiff_t>(row - strip.begin) * width,
                 grid.real_width(tile) * sizeof *out);

@@ -77,11 +77,13 @@ class Multiplier {
   struct Strip;  // consecutive row groups of one matrix
   void fused(const Strip& strip, const Columns& x);
   void by_panels(const Strip& strip, const Columns& x);
+  void multiply_and_keep(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
+                         const Columns& x, const Sums& sums, const BlockTarget& kept);
   void integers(const Strip& strip, const Columns& x);
   void raw(const Strip& strip, const Columns& x);
   static void scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,
                          float* y);
-  void decode_tile(const Strip& strip, std::uint64_t group, std::uint64_t tile,
+  void decode_tile(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
                    std::uint16_t* panel, std::ptrdiff_t stride);
   ReadyBlock prepare(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile);
   struct Panels;  // decoded rows

@@ -334,7 +334,7 @@ void Engine::multiply_outer(const AtWork& at_work) {
   }
   auto* total = reinterpret_cast<float*>(total_.data());
   auto* kept = kept_columns_ == 0 ? nullptr : reinterpret_cast<float*>(kept_.data());
-  pool_->run(width_, piece_rows(unit, weights),
+  pool_->run(width_, piece_rows(unit, weights, 1),
              [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
                Multiplier& multiplier = *multipliers_[thread];
                const std::uint64_t rows = end - begin;

@@ -26,18 +26,19 @@ class Engine::Turn {
   Engine& engine_;
 };
 
-// Weights in one piece of work: long enough that handing it out costs nothing, short enough that no
-// thread waits long for another's last one.
+// Weights in one piece of work, times a few columns: long enough that handing it out costs nothing,
+// short enough that no thread waits long for another's last one.
 inline constexpr std::uint64_t kPieceWeights = std::uint64_t{1} << 18;
 // Rows of a piece are many when they are few columns' only work, and at least so many.
 inline constexpr std::uint64_t kLeastRows = 32;
 // Tokens of one piece of what is done to each by itself.
 inline constexpr std::uint64_t kPieceTokens = 8;
 
-inline std::uint64_t piece_rows(std::uint64_t unit, std::uint64_t columns) {
-  const std::uint64_t wanted =
-      std::max(kLeastRows, kPieceWeights / std::max<std::uint64_t>(columns, 1));
-  return ceil_to(wanted, unit);
+// weights: of a row. count: columns to multiply it with.
+inline std::uint64_t piece_rows(std::uint64_t unit, std::uint64_t weights, std::uint64_t count) {
+  const std::uint64_t work =
+      std::max<std::uint64_t>(weights, 1) * std::max<std::uint64_t>(count / kPanelColumns, 1);
+  return ceil_to(std::max(kLeastRows, kPieceWeights / work), unit);
 }
 
 // Calls keep(which, values, begin, rows, column) for the products of each piece of rows of one of
@@ -51,7 +52,7 @@ void Engine::products(const std::array<const PackedMatrix*, kMatrices>& matrices
     const PackedMatrix& matrix = *matrices[m];
     // A small matrix is shared by all threads too.
     const std::uint64_t share = (matrix.rows() + num_threads() - 1) / num_threads();
-    grains[m] = std::min(piece_rows(matrix.row_unit(), matrix.columns()),
+    grains[m] = std::min(piece_rows(matrix.row_unit(), matrix.columns(), x.count),
                          ceil_to(std::max(share, kLeastRows), matrix.row_unit()));
     ends[m] = pieces += (matrix.rows() + grains[m] - 1) / grains[m];
   }
@@ -89,7 +90,7 @@ void Engine::multiply_inner(std::span<GatedTask> tasks, const AtWork& at_work) {
     const PackedMatrix* gate = task.matrices.gate;
     const std::uint64_t unit =
         gate == nullptr ? up.row_unit() : std::lcm(up.row_unit(), gate->row_unit());
-    task.grain = piece_rows(unit, 2 * up.columns());
+    task.grain = piece_rows(unit, 2 * up.columns(), task.x.count);
     task.end = pieces += (up.rows() + task.grain - 1) / task.grain;
     size += column_stride(up.rows()) * task.x.count;
   }

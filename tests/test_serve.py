@@ -302,9 +302,13 @@ def test_a_key_is_asked_for_and_never_logged(store):
 
 
 def test_other_hosts_names_are_refused_on_this_machine_s_address(served):
-    for host, status in (("evil.example", 400), ("localhost", 200)):
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000"):
         response = httpx.get(f"{served.url}/v1/models", headers={"Host": host})
-        assert response.status_code == status
+        assert response.status_code == 200
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8000", "::1", ""):
+        response = httpx.get(f"{served.url}/v1/models", headers={"Host": host})
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "invalid_host"
 
 
 def test_a_log_line_tells_nothing_of_what_was_said(served):

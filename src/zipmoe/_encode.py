@@ -22,7 +22,7 @@ from zipmoe.recipe import SliceKey, build
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from zipmoe._plan import PackPlan
+    from zipmoe._pack_plan import PackPlan
 
 __all__ = ["Encoder"]
 

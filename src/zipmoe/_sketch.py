@@ -14,7 +14,7 @@ import numpy as np
 
 from zipmoe import _core
 from zipmoe._index import CODECS, ITEM_BYTES, NOBODY, PAGE, ceil_to
-from zipmoe._plan import make_plan
+from zipmoe._pack_plan import make_plan
 from zipmoe._safetensors import DTYPES
 from zipmoe._source import Source, SourceFile
 from zipmoe.conversion import plan_model
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from zipmoe._plan import PackPlan
+    from zipmoe._pack_plan import PackPlan
     from zipmoe._shard import MatrixPlan, RecordPlan
     from zipmoe.checkpoint import Checkpoint
     from zipmoe.conversion import ExpertLayer

@@ -31,7 +31,7 @@ from zipmoe._manifest import (
     ShardInfo,
     is_plain_name,
 )
-from zipmoe._plan import PackPlan, make_plan
+from zipmoe._pack_plan import PackPlan, make_plan
 from zipmoe._process import peak_rss_bytes
 from zipmoe._source import SOURCE, Source, SourceFile
 from zipmoe._write import StoreWriter, copy_file, publish, write_file

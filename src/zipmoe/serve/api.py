@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest  # noqa: TC002 - FastAPI reads it
 
 from zipmoe import __version__
@@ -21,7 +20,7 @@ from zipmoe.serve import schemas
 from zipmoe.serve.errors import NO_READER, ServingError, no_model
 from zipmoe.serve.listener import Listener
 from zipmoe.serve.machine import Machine
-from zipmoe.serve.security import BodyLimit, KeyRequired
+from zipmoe.serve.security import BodyLimit, KeyRequired, LoopbackOnly
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 KEEP_ALIVE_S = 5.0  # a stream says that it lives when it has said nothing for so long
-_LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": schemas.ErrorBody, "description": "Not honoured, or too long"},
     401: {"model": schemas.ErrorBody, "description": "The key is missing or wrong"},
@@ -71,7 +69,7 @@ def build(
         names = [f"/{path.name}" for path in page.iterdir()]
         app.add_middleware(KeyRequired, key=key, open_paths=frozenset(["/", "/health", *names]))
     if is_local:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK, www_redirect=False)
+        app.add_middleware(LoopbackOnly)
     return app
 
 

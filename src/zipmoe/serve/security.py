@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from zipmoe.serve.errors import ServingError
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-__all__ = ["BodyLimit", "KeyRequired", "respond"]
+__all__ = ["BodyLimit", "KeyRequired", "LoopbackOnly", "respond"]
+
+_LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 
 
 async def respond(error: ServingError, send: Send) -> None:
@@ -52,6 +55,26 @@ class KeyRequired:
         scheme, _, key = given.partition(b" ")
         # Takes as long whatever the key has in common with ours.
         return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
+
+
+class LoopbackOnly:
+    """Refuses requests that name another host than this machine, as a web page's would."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 400."""
+        if scope["type"] == "http" and not _names_loopback(scope):
+            why = "this server answers only to localhost: it was started for this machine alone"
+            await respond(ServingError(400, why, code="invalid_host"), send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _names_loopback(scope: Scope) -> bool:
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    return re.sub(r":\d*$", "", host).lower() in _LOOPBACK
 
 
 class BodyLimit:

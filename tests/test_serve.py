@@ -305,7 +305,13 @@ def test_other_hosts_names_are_refused_on_this_machine_s_address(served):
     for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000"):
         response = httpx.get(f"{served.url}/v1/models", headers={"Host": host})
         assert response.status_code == 200
-    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8000", "::1", ""):
+    for host in (
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example:8000",
+        "::1",
+        "",
+    ):
         response = httpx.get(f"{served.url}/v1/models", headers={"Host": host})
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "invalid_host"

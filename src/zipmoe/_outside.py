@@ -6,7 +6,7 @@ OUTSIDE = {
     "deepseek_v32": ("padding",),
     "diffusion_gemma": ("batch", "cuts", "padding"),
     "dots3_note": ("padding",),
-    "glm5_next": ("padding",),
+    "glm5_next": ("cuts", "padding"),
     "glm_moe_dsa": ("padding",),
     "granitemoehybrid": ("cuts",),
     "hy_v4": ("padding",),

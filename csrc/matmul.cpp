@@ -168,24 +168,35 @@ void Multiplier::fused(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
   const auto multiply = by_codec(matrix, dot_.coded2, dot_.coded3, dot_.coded4);
+  auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
   for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
     const std::uint64_t group = row / grid.row_group();
     Sums sums = part(strip.sums, row - strip.begin, 0);
     for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
-      const ReadyBlock ready = prepare(matrix, group, tile);
-      fetch_ahead(matrix.codes_->variable(ready.block));
       const auto height = static_cast<std::uint32_t>(grid.height(group));
       const auto width = static_cast<std::uint32_t>(grid.width(tile));
       const Columns columns = part(x, grid.first_column(tile), 0, x.count);
-      if (!has_unsafe_padding(grid, tile, ready)) {
-        BlockCodes::finish(ready, multiply(ready.coded, height, width, columns, sums));
-        continue;
-      }
-      auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
-      decode_tile(matrix, group, tile, panel, width);
-      multiply_panels({panel, width, height, width, {}}, columns, sums);
+      multiply_block(
+          matrix, group, tile, columns, sums, {panel, width, height, width, false},
+          [&](const CodedBlock& coded) { return multiply(coded, height, width, columns, sums); });
     }
   }
+}
+
+// A block times a few columns by `multiply`, straight from the codes; where its padding is unsafe,
+// decoded to `room` first.
+template <class Multiply>
+void Multiplier::multiply_block(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
+                                const Columns& x, const Sums& sums, const BlockTarget& room,
+                                const Multiply& multiply) {
+  const ReadyBlock ready = prepare(matrix, group, tile);
+  fetch_ahead(matrix.codes_->variable(ready.block));
+  if (!has_unsafe_padding(*matrix.grid_, tile, ready)) {
+    BlockCodes::finish(ready, multiply(ready.coded));
+    return;
+  }
+  decode_tile(matrix, group, tile, room.out, room.stride);
+  multiply_panels({room.out, room.stride, room.height, room.width, {}}, x, sums);
 }
 
 // A few columns at a time, all rows of the strip: the columns stay in the first cache, and so do
@@ -243,6 +254,8 @@ static Ahead ahead_of(const Grid& grid, const RankExtent& codes, const std::uint
           std::min<std::size_t>(weights / 3 / kLine, width / 32)};
 }
 
+// Where a kernel keeps what it decodes, the first columns are multiplied meanwhile: both together
+// take less than decoding first, which leaves the units idle that multiply.
 void Multiplier::by_panels(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
@@ -258,11 +271,13 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
                                static_cast<std::ptrdiff_t>(stride),
                                static_cast<std::uint32_t>(grid.height(group)),
                                static_cast<std::uint32_t>(grid.width(tile)), false};
-      if (keep)
-        multiply_and_keep(matrix, group, tile, part(x, grid.first_column(tile), 0, kCodedColumns),
-                          sums, target);
-      else
+      if (keep) {
+        const Columns few = part(x, grid.first_column(tile), 0, kCodedColumns);
+        multiply_block(matrix, group, tile, few, sums, target,
+                       [&](const CodedBlock& coded) { return keep(coded, target, few, sums); });
+      } else {
         decode_tile(matrix, group, tile, target.out, target.stride);
+      }
       end = grid.first_weight(group, tile) + std::uint64_t{target.height} * target.width;
     }
   }
@@ -280,22 +295,6 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
           ahead_of(grid, *matrix.codes_, matrix.extents_.sign_mantissa.data(), end, width);
     multiply_panels(panels, part(x, grid.first_column(tile), done, x.count - done), sums);
   }
-}
-
-// A block times the first columns, straight from the codes, and decoded for the others: both
-// together take less than decoding first, which leaves the units idle that multiply.
-void Multiplier::multiply_and_keep(const PackedMatrix& matrix, std::uint64_t group,
-                                   std::uint64_t tile, const Columns& x, const Sums& sums,
-                                   const BlockTarget& kept) {
-  const ReadyBlock ready = prepare(matrix, group, tile);
-  fetch_ahead(matrix.codes_->variable(ready.block));
-  if (!has_unsafe_padding(*matrix.grid_, tile, ready)) {
-    const auto keep = by_codec(matrix, dot_.keep2, dot_.keep3, dot_.keep4);
-    BlockCodes::finish(ready, keep(ready.coded, kept, x, sums));
-    return;
-  }
-  decode_tile(matrix, group, tile, kept.out, kept.stride);
-  multiply_panels({kept.out, kept.stride, kept.height, kept.width, {}}, x, sums);
 }
 
 // A few columns at a time, all rows of the strip: the columns stay in the first cache.

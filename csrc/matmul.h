@@ -77,8 +77,10 @@ class Multiplier {
   struct Strip;  // consecutive row groups of one matrix
   void fused(const Strip& strip, const Columns& x);
   void by_panels(const Strip& strip, const Columns& x);
-  void multiply_and_keep(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
-                         const Columns& x, const Sums& sums, const BlockTarget& kept);
+  template <class Multiply>
+  void multiply_block(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
+                      const Columns& x, const Sums& sums, const BlockTarget& room,
+                      const Multiply& multiply);
   void integers(const Strip& strip, const Columns& x);
   void raw(const Strip& strip, const Columns& x);
   static void scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,

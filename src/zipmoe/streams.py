@@ -100,7 +100,7 @@ class Streams:
 
     @torch.no_grad()
     def prefill(self, stream: Stream, token_ids: list[int]) -> Tensor:
-        """Append tokens; give the logits [vocabulary] after the last one, FP32.
+        """Append tokens; give the logits [vocabulary] after the last one, as the model has them.
 
         A request begins with it, for the expert cache too. If it fails, the stream is as it was
         before, as far as its family can go back (see `truncate`).
@@ -129,7 +129,7 @@ class Streams:
 
     @torch.no_grad()
     def decode(self, streams: list[Stream], token_ids: list[int]) -> Tensor:
-        """Append one token to each of some streams; give the logits [streams, vocabulary], FP32.
+        """Append one token to each of some streams; give the logits [streams, vocabulary].
 
         If it fails, no stream has its token, as far as its family can go back (see `truncate`).
 
@@ -217,7 +217,7 @@ class Streams:
             raise kv.UnwantedError("the stream was closed while its prompt was read")
         stream.cache = out.past_key_values
         stream.tokens.extend(token_ids)
-        return out.logits[0, -1].float()
+        return out.logits[0, -1]
 
     def _step_together(self, streams: list[Stream], token_ids: list[int]) -> Tensor:
         places = np.stack([stream.places() for stream in streams], axis=1)
@@ -229,7 +229,7 @@ class Streams:
         )
         for stream, token in zip(streams, token_ids, strict=True):
             stream.tokens.append(token)
-        return out.logits[:, -1].float()
+        return out.logits[:, -1]
 
     def _step_in_turns(self, streams: list[Stream], token_ids: list[int]) -> Tensor:
         lengths = [stream.length for stream in streams]

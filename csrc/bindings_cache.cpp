@@ -77,6 +77,7 @@ nb::dict counters_of(const CacheHandle& cache) {
   named["decode_ns"] = counters.decode_ns;
   named["ahead_reads"] = counters.ahead_reads;
   named["ahead_used"] = counters.ahead_used;
+  named["ahead_wasted"] = counters.ahead_wasted;
   return named;
 }
 
@@ -139,6 +140,11 @@ void bind_cache(nb::module_& m) {
                    [](const CacheHandle& self) {
                      const TierCounts held = self->tiers();
                      return Counts{held.full, held.compressed, held.sign_mantissa, held.exponents};
+                   })
+      .def_prop_ro("held",
+                   [](const CacheHandle& self) {
+                     nb::gil_scoped_release release;
+                     return self->held();
                    })
       .def_prop_ro("allocated_bytes",
                    [](const CacheHandle& self) {

@@ -288,7 +288,21 @@ CacheCounters ExpertCache::counters() const {
   counters.demotions = tiers_.num_demotions();
   counters.promotions = tiers_.num_promotions();
   counters.decode_ns = decode_ns_;
+  std::uint64_t waiting = 0;
+  for (std::uint32_t expert = 0; expert < is_ahead_.size(); ++expert)
+    waiting += is_ahead_[expert] && tiers_.is_whole(expert);
+  counters.ahead_wasted = counters.ahead_reads - counters.ahead_used - waiting;
   return counters;
+}
+
+std::array<std::uint64_t, kNumTiers> ExpertCache::held() const {
+  if (is_forked()) check_usable();
+  const Lock lock(mutex_);
+  if (closed_) check_usable();
+  std::array<std::uint64_t, kNumTiers> held{};
+  for (std::uint32_t expert = 0; expert < table_.records().size(); ++expert)
+    ++held[static_cast<std::size_t>(tiers_.tier(expert))];
+  return held;
 }
 
 }  // namespace zipmoe

@@ -52,6 +52,7 @@ struct CacheCounters {
   std::uint64_t decode_ns = 0;    // that callers spent decoding
   std::uint64_t ahead_reads = 0;  // experts read because `look_ahead` named them
   std::uint64_t ahead_used = 0;   // of these, visited before they were dropped
+  std::uint64_t ahead_wasted = 0;  // of these, dropped or failed before any visit
 
   [[nodiscard]] std::uint64_t found(Tier tier) const {
     return visits[static_cast<std::size_t>(tier)];
@@ -119,6 +120,8 @@ class ExpertCache final : private ReadSink {
   [[nodiscard]] std::size_t num_matrices(std::uint64_t layer, std::uint64_t expert) const;
 
   [[nodiscard]] CacheCounters counters() const;
+  // How many experts are there of each tier, or will be when the reads under way are over.
+  [[nodiscard]] std::array<std::uint64_t, kNumTiers> held() const;
   // Waits for calls and leases of others, which end with an error where they still wait for a read;
   // frees threads, files and memory. Any later call throws std::invalid_argument. Idempotent.
   void close();

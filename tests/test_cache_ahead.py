@@ -43,6 +43,7 @@ def test_what_is_looked_ahead_for_is_read_and_then_found(shards: Any) -> None:
         shards.check_expert(cache, 1, expert)
     counters = cache.counters()
     assert (counters["hits"], counters["misses"], counters["ahead_used"]) == (2, 0, 2)
+    assert counters["ahead_wasted"] == 0
     cache.close()
 
 
@@ -50,11 +51,13 @@ def test_a_wrong_guess_is_counted_and_makes_room(shards: Any) -> None:
     cache = shards.open(slots=2)
     cache.look_ahead(1, [0, 1])
     wait_until(cache, ahead_reads=2)
+    assert (cache.held, cache.counters()["ahead_wasted"]) == ([0, 2, 0, 0, 10], 0)
     cache.prefetch(0, [2, 3])
     for expert in (2, 3):
         shards.check_expert(cache, 0, expert)
     counters = cache.counters()
     assert (counters["misses"], counters["ahead_used"], counters["evictions"]) == (2, 0, 2)
+    assert (cache.held, counters["ahead_wasted"]) == ([0, 2, 0, 0, 10], 2)
     cache.close()
 
 
@@ -108,6 +111,7 @@ def test_a_guess_that_cannot_be_read_fails_nobody_but_who_asks_for_it(tmp_path: 
         file.write(b"\xff" * 4096)
     cache.look_ahead(0, [3])
     wait_until(cache, read_errors=1)
+    wait_until(cache, ahead_wasted=1)
     for expert in (0, 1, 2):
         shards.check_expert(cache, 0, expert)
     with pytest.raises(CorruptError):

@@ -69,8 +69,9 @@ def test_generate_prints_one_document_with_stock_s_tokens(checkpoint, store):
     assert document["tpot_s"] > 0
     assert document["memory_bytes"] == 16_000_000_000
     assert document["peak_rss_bytes"] > 0
-    tiers = {"full_hits", "sign_mantissa_hits", "exponent_hits"}
-    assert document["cache"].keys() == {"hits", "misses", "bytes_read", *tiers}
+    parts = {"full_hits", "sign_mantissa_hits", "exponent_hits"}
+    parts |= {"ahead_reads", "ahead_used", "ahead_wasted"}
+    assert document["cache"].keys() == {"hits", "misses", "bytes_read", *parts}
     assert document["cache"]["misses"] > 0
     engaged = {"compute", "codec", "isa", "reader", "tiers", "in_parts", "fell_back"}
     engaged |= {"watches", "gave_back", "on_drive", "lent"}

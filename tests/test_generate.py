@@ -43,8 +43,9 @@ def test_messages_go_through_the_chat_template(loaded):
 def test_what_it_took_is_measured(loaded):
     result = generate(loaded, "hello", max_tokens=8)
     document = json.loads(json.dumps(result.as_dict()))
-    tiers = {"full_hits", "sign_mantissa_hits", "exponent_hits"}
-    assert set(document["cache"]) == {"hits", "misses", "bytes_read", *tiers}
+    parts = {"full_hits", "sign_mantissa_hits", "exponent_hits"}
+    parts |= {"ahead_reads", "ahead_used", "ahead_wasted"}
+    assert set(document["cache"]) == {"hits", "misses", "bytes_read", *parts}
     engaged = {"compute", "codec", "isa", "reader", "tiers", "in_parts", "fell_back"}
     engaged |= {"watches", "gave_back", "on_drive", "lent"}
     assert set(document["engaged"]) == engaged

@@ -515,10 +515,20 @@ def test_metrics_follow_what_happened(served):
     for line in text.splitlines():
         if not line.startswith("#"):
             name, _, value = line.rpartition(" ")
-            values[name.replace('{model_name="tiny"}', "")] = float(value)
+            values[name.replace('{model_name="tiny"}', "").replace('model_name="tiny",', "")] = (
+                float(value)
+            )
     assert values["zipmoe:generation_tokens_total"] >= 12
     assert values["zipmoe:time_to_first_token_seconds_count"] >= 1
     assert values["zipmoe:expert_hits_total"] > 0
+    asked = {name: n for name, n in values.items() if name.startswith("zipmoe:experts_asked_total")}
+    assert len(asked) == 5
+    assert (
+        sum(asked.values())
+        == values["zipmoe:expert_hits_total"] + values["zipmoe:expert_misses_total"]
+    )
+    assert asked['zipmoe:experts_asked_total{tier="compressed"}'] > 0
+    assert values['zipmoe:experts_held{tier="compressed"}'] > 0
     assert values["zipmoe:num_requests_running"] == 0
     assert 0 < values["zipmoe:memory_resident_bytes"] <= values["zipmoe:memory_promised_bytes"]
 
@@ -531,4 +541,5 @@ def test_models_and_the_machine_are_described(served, client):
     picture = httpx.get(f"{served.url}/machine").json()
     assert picture["load"].keys() == {"waiting", "running", "kv_used", "kv_total"}
     assert picture["spent"]["tokens"] > 0
+    assert sum(picture["experts"]["held"].values()) == picture["experts"]["all"]
     assert picture["diagnosis"]

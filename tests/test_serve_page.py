@@ -109,6 +109,7 @@ def test_it_shows_the_machine_and_asks_no_other_host(page, served):
     until(lambda: "tokens/s" in text(page, "#time-text"))
     assert "promised" in text(page, "#memory-text")
     assert "room for" in text(page, "#experts-text")
+    assert "compressed" in text(page, "#experts-legend")
     assert text(page, "#diagnosis")
     script = "return performance.getEntriesByType('resource').map(entry => entry.name)"
     names = page.execute_script(script)

@@ -150,6 +150,9 @@ class ExpertCache:
     def allocated_bytes(self) -> int:
         """What it may come to now; 0 once closed."""
     @property
+    def held(self) -> list[int]:
+        """Experts there or on their way: full, compressed, sign-mantissa, exponents, absent."""
+    @property
     def filled_bytes(self) -> int:
         """Memory that its slots have really taken so far."""
     @staticmethod
@@ -203,7 +206,8 @@ class ExpertCache:
         were decoded to stay so.
 
         ahead_reads counts experts that were read because `look_ahead` named them, ahead_used those
-        of them that were visited before they were dropped.
+        of them that were visited before they were dropped, ahead_wasted those that were not. The
+        rest are still there.
 
         Hits and misses count visits: one begins when `prefetch` lists an expert or, if it has not,
         when a matrix of it is decoded; it ends with the expert's last matrix. A hit found the

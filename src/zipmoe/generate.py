@@ -35,6 +35,9 @@ _COUNTED = (
     "full_hits",
     "sign_mantissa_hits",
     "exponent_hits",
+    "ahead_reads",
+    "ahead_used",
+    "ahead_wasted",
 )
 
 
@@ -46,8 +49,9 @@ class GenerateResult:
     it; 0 if there is none. `memory_bytes` is what was promised, `peak_rss_bytes` the most that
     this process ever had. `cache` counts experts asked for and found in memory (hits, `full_hits`
     of them decoded) or not (misses, of which `sign_mantissa_hits` and `exponent_hits` had one
-    plane there), and bytes read from the store. `lossy`: None, or how the weights differ from the
-    published ones.
+    plane there), bytes read from the store, and experts that lookahead read (`ahead_reads`), of
+    which `ahead_used` were then asked for and `ahead_wasted` were dropped before. `lossy`: None, or
+    how the weights differ from the published ones.
     """
 
     text: str

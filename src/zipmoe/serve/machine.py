@@ -68,7 +68,11 @@ class Machine:
                 "resident": budget.rss_bytes(),
                 "peak": budget.peak_rss_bytes(),
             },
-            "experts": {"slots": min(runtime.cache.slots, experts), "all": experts},
+            "experts": {
+                "slots": min(runtime.cache.slots, experts),
+                "all": experts,
+                "held": {tier.value: count for tier, count in service.metrics.held().items()},
+            },
             "spent": vars(spent) | {"multiply": spent.multiply},
             "engaged": runtime.engaged(),
             "diagnosis": diagnose(self._lately(spent), self._saved()),

@@ -13,9 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from zipmoe import budget
+from zipmoe.schedule import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from zipmoe._quantizer import Runtime
     from zipmoe.serve.answer import Answer, Request
@@ -34,7 +35,9 @@ _CACHE = {
     "read_errors": ("read_errors", "Reads that failed, those cured by a retry too."),
     "ahead_reads": ("lookahead_reads", "Experts read before they were asked for."),
     "ahead_used": ("lookahead_useful", "Of these, experts that were then asked for."),
+    "ahead_wasted": ("lookahead_wasted", "Of these, experts dropped before anybody asked."),
 }
+_TIERED = ("model_name", "tier")
 _TIMES = {
     "wait_ns": ("disk_wait_seconds", "Time that computing waited for reads."),
     "decode_ns": ("weight_decode_seconds", "Time spent decoding weights apart from multiplying."),
@@ -137,12 +140,28 @@ class Metrics:
         busy = {} if engine is None else {"busy_ns": engine.counters()["busy_ns"]}
         return {**self._runtime.cache.counters(), **busy}
 
+    def held(self) -> dict[Tier, int]:
+        """Experts by what of them is in memory, or on its way there."""
+        return dict(zip(Tier, self._runtime.cache.held, strict=True))
+
     def collect(self) -> Iterator[Any]:
         """Give Prometheus what is read at the moment it asks."""
         counters = self.counters()
         for key, (name, text) in _CACHE.items():
             if key in counters:
                 yield self._counter(name, text, counters[key])
+        found = CounterMetricFamily(
+            "zipmoe:experts_asked", "Experts asked for, by what of them was there.", labels=_TIERED
+        )
+        held = GaugeMetricFamily(
+            "zipmoe:experts_held", "Experts by what of them is in memory.", labels=_TIERED
+        )
+        (model,) = self._labels.values()
+        for tier, asked in asked_by_tier(counters).items():
+            found.add_metric([model, tier.value], asked)
+        for tier, count in self.held().items():
+            held.add_metric([model, tier.value], count)
+        yield from (found, held)
         for key, (name, text) in _TIMES.items():
             yield self._counter(name, text, counters[key] / 1e9)
         busy = counters.get("busy_ns", 0)
@@ -167,3 +186,12 @@ class Metrics:
         family = GaugeMetricFamily(f"zipmoe:{name}", text, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
         return family
+
+
+def asked_by_tier(counters: Mapping[str, int]) -> dict[Tier, int]:
+    """Say of the experts asked for what of them was in memory, by the cache's counters."""
+    full, first, second = (
+        counters[f"{name}_hits"] for name in ("full", "sign_mantissa", "exponent")
+    )
+    whole, absent = counters["hits"] - full, counters["misses"] - first - second
+    return dict(zip(Tier, (full, whole, first, second, absent), strict=True))

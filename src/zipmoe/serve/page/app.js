@@ -176,6 +176,17 @@ function showMemory(memory) {
   at("memory-text").textContent = `${bytes(memory.resident)} of ${bytes(memory.promised)} promised`;
 }
 
+function showExperts({ slots, all, held }, { hits, misses }) {
+  const colours = { full: "a", compressed: "e", "sign-mantissa": "b", exponents: "c" };
+  const parts = Object.entries(colours)
+    .map(([name, colour]) => ({ name, colour, size: held[name], label: `${held[name]} ${name}` }))
+    .filter(({ size }) => size);
+  bar("experts", parts, all);
+  legend("experts-legend", parts);
+  const hit = hits + misses ? `, ${((100 * hits) / (hits + misses)).toFixed(0)} % found there` : "";
+  at("experts-text").textContent = `room for ${slots} of ${all}${hit}`;
+}
+
 function showTime(spent, seconds) {
   const tokens = spent.tokens - before.tokens;
   const part = (key) => Math.max(0, spent[key] - before[key]);
@@ -222,11 +233,7 @@ function show(picture) {
   at("status").className = picture.status === "ok" ? "ok" : "wrong";
   at("diagnosis").textContent = picture.diagnosis;
   showMemory(picture.memory);
-  const { slots, all } = picture.experts;
-  bar("experts", [{ size: slots, colour: "e", name: "in memory" }], all);
-  const asked = picture.spent.hits + picture.spent.misses;
-  const hit = asked ? `, ${((100 * picture.spent.hits) / asked).toFixed(0)} % found there` : "";
-  at("experts-text").textContent = `room for ${slots} of ${all}${hit}`;
+  showExperts(picture.experts, picture.spent);
   if (before) showTime(picture.spent, (performance.now() - before.at) / 1000);
   before = { ...picture.spent, at: performance.now() };
   showRequests(picture.load, picture.streams);

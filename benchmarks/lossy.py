@@ -6,13 +6,13 @@
 
 Two models: the demo, and the demo with experts that differ (`specialised.py`, made when it is not
 there). Of each: uniform widths; the widths that `zipmoe quantize` finds for a loss of 0.5, 1, 2 and
-5 %; one of three widths that takes no more bytes than INT4. Of all these bytes of the experts, loss
-on the calibration (the sample that comes with zipmoe) and on another text (`held_out.txt`), and how
-often the likeliest next token of that text is still the lossless model's. How well the estimate
-ranks experts: rank correlation with measuring them one by one, for the experts of `--ranked-layers`
-layers. Whether the ranking matters: the widths found for 2 %, given to experts at random, `--seeds`
-times. Then a store of 2 % is written, and it and the lossless one answer in turns with memory for
-30 and 50 % of the checkpoint's bytes.
+5 %; what any widths make of the bytes of uniform INT8 and INT4. Of all these bytes of the experts,
+loss on the calibration (the sample that comes with zipmoe) and on another text (`held_out.txt`),
+and how often the likeliest next token of that text is still the lossless model's. How well the
+estimate ranks experts: rank correlation with measuring them one by one, for the experts of
+`--ranked-layers` layers. Whether the ranking matters: the widths found for 2 %, given to experts at
+random, `--seeds` times. Then a store of 2 % is written, and it and the lossless one answer in turns
+with memory for 30 and 50 % of the checkpoint's bytes.
 
 What was measured is kept in `--cache` and not measured again. `--windows` takes fewer windows of
 both texts, to try it. Without speed about half an hour a model on two idle cores; 12 GB of disk.
@@ -28,6 +28,8 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,7 @@ from zipmoe.demo import build_checkpoint, cache_folder
 from zipmoe.importance import spearman
 from zipmoe.lowered import LOSSLESS, WIDTHS
 from zipmoe.quality import passes
-from zipmoe.quantize import BITS, QuantizeOptions, bits_of, find_widths
+from zipmoe.quantize import QuantizeOptions, bits_of, find_widths
 from zipmoe.requantize import requantize_store
 from zipmoe.rounding import Rounding
 from zipmoe.store import open_store
@@ -57,7 +59,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 TARGETS = "0.005,0.01,0.02,0.05"
-MIXED = "three widths, no more bytes than INT4"
+MIXED = "any widths, no more bytes than {}"
+BUDGETS = ("int8", "int4")
 CHOSEN = 0.02  # whose widths are given to experts at random, and whose store is written
 RANKED_WINDOWS = 8  # of the calibration, where many widths are measured
 SHARES = (0.3, 0.5)
@@ -156,7 +159,7 @@ class Bench:
                 {"what": f"at most {target:.1%}", "target": target} | self.row(found.widths)
             )
             print(rows[-1], flush=True)
-        rows.append({"what": MIXED} | self.row(self.mixed()))
+        rows += [{"what": MIXED.format(width)} | self.row(self.mixed(width)) for width in BUDGETS]
         return {
             "windows": [len(self._text.windows), len(self._held), WINDOW],
             "rows": rows,
@@ -164,21 +167,21 @@ class Bench:
             "at_random": self.at_random(self.chosen, options.seeds),
         }
 
-    def mixed(self) -> dict[Place, str]:
-        """Of INT8, INT4 and INT2 what should cost least within the bytes of uniform INT4."""
-        costs = self.measure.errors(WIDTHS[:-1])
-        bits = {width: BITS[width] for width in WIDTHS[:-1]}
+    def mixed(self, budget: str) -> dict[Place, str]:
+        """Of all widths what should cost least within the bytes of a uniform one."""
+        places, costs = self.measure.places, self.measure.errors(WIDTHS[:-1])
+        costs[LOSSLESS] = dict.fromkeys(places, 0.0)
         steps = []
-        for place in self.measure.places:
-            dearest = 0.0
-            for high, low in (("int8", "int4"), ("int4", "int2")):
-                saved = bits[high] - bits[low]
+        for place in places:
+            dearest, size = 0.0, self._bytes[place]
+            for low, high in reversed([*pairwise(WIDTHS)]):
+                saved = size[high] - size[low]
                 # No step comes before the one that it goes on from.
                 dearest = max(dearest, (costs[low][place] - costs[high][place]) / saved)
                 steps.append((dearest, place, low, saved))
-        widths = uniform(self.measure.places, "int8")
-        spare = (bits["int8"] - bits["int4"]) * len(widths)
-        for _, place, low, saved in sorted(steps, key=lambda step: step[0]):
+        widths = uniform(places, LOSSLESS)
+        spare = sum(self._bytes[place][LOSSLESS] - self._bytes[place][budget] for place in places)
+        for _, place, low, saved in sorted(steps, key=itemgetter(0)):
             if spare <= 0:
                 break
             widths[place], spare = low, spare - saved
@@ -315,8 +318,10 @@ def asked(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
                 chosen["perplexity"],
                 most=other["perplexity"],
             )
-    mixed = rows[MIXED]["perplexity"]
-    ask(f"perplexity of {MIXED}", mixed, most=rows["uniform int4"]["perplexity"])
+    for width in BUDGETS:
+        mixed = rows[MIXED.format(width)]
+        most = rows[f"uniform {width}"]["perplexity"]
+        ask(f"perplexity of {mixed['what']}", mixed["perplexity"], most=most)
     return asked
 
 

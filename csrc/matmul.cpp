@@ -200,7 +200,8 @@ void Multiplier::multiply_block(const PackedMatrix& matrix, std::uint64_t group,
 }
 
 // A few columns at a time, all rows of the strip: the columns stay in the first cache, and so do
-// the codes as long as they are few.
+// the codes as long as they are few. Where there are no more columns than that, row group after row
+// group, as memory has them.
 void Multiplier::integers(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
@@ -208,17 +209,22 @@ void Multiplier::integers(const Strip& strip, const Columns& x) {
   const MultiplyIntegers multiply = codec == Codec::int8   ? dot_.int8
                                     : codec == Codec::int4 ? dot_.int4
                                                            : dot_.int2;
-  Sums sums = strip.sums;
-  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
-    for (std::uint32_t c = 0; c < x.count; c += kCodedColumns) {
-      const Columns few = part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
-      for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
-        const std::uint64_t group = row / grid.row_group();
-        multiply(matrix.block(group, tile), static_cast<std::uint32_t>(grid.height(group)),
-                 static_cast<std::uint32_t>(grid.width(tile)), few,
-                 part(sums, row - strip.begin, c));
+  const std::uint64_t most = x.count <= kCodedColumns ? grid.row_group() : strip.height();
+  for (std::uint64_t begin = strip.begin; begin < strip.end; begin += most) {
+    const std::uint64_t end = std::min(begin + most, strip.end);
+    Sums sums = strip.sums;
+    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
+      for (std::uint32_t c = 0; c < x.count; c += kCodedColumns) {
+        const Columns few =
+            part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
+        for (std::uint64_t row = begin; row < end; row += grid.row_group()) {
+          const std::uint64_t group = row / grid.row_group();
+          multiply(matrix.block(group, tile), static_cast<std::uint32_t>(grid.height(group)),
+                   static_cast<std::uint32_t>(grid.width(tile)), few,
+                   part(sums, row - strip.begin, c));
+        }
       }
-    }
+  }
 }
 
 void Multiplier::scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,

@@ -11,8 +11,8 @@ loss on the calibration (the sample that comes with zipmoe) and on another text 
 and how often the likeliest next token of that text is still the lossless model's. How well the
 estimate ranks experts: rank correlation with measuring them one by one, for the experts of
 `--ranked-layers` layers. Whether the ranking matters: the widths found for 2 %, given to experts at
-random, `--seeds` times. Then a store of 2 % is written, and it and the lossless one answer in turns
-with memory for 30 and 50 % of the checkpoint's bytes.
+random, `--seeds` times. Then stores of the uniform widths and of the losses are written, and they
+and the lossless one answer in turns with memory for 30 and 50 % of the checkpoint's bytes.
 
 What was measured is kept in `--cache` and not measured again. `--windows` takes fewer windows of
 both texts, to try it. Without speed about half an hour a model on two idle cores; 12 GB of disk.
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -61,12 +62,12 @@ HELD_OUT = Path(__file__).with_name("held_out.txt")
 TARGETS = "0.005,0.01,0.02,0.05"
 MIXED = "any widths, no more bytes than {}"
 BUDGETS = ("int8", "int4")
-CHOSEN = 0.02  # whose widths are given to experts at random, and whose store is written
+CHOSEN = 0.02  # whose widths are given to experts at random
 RANKED_WINDOWS = 8  # of the calibration, where many widths are measured
 SHARES = (0.3, 0.5)
 PAGE = 4096
 PROMPT = "Write a story about a lighthouse keeper and a storm."
-TOKENS = 64
+TOKENS, LEAST_TOKENS = 64, 16
 CONTEXT = 256  # Python and torch take half a gigabyte: 30 % of the demo leaves no room for more
 
 
@@ -148,17 +149,17 @@ class Bench:
     def run(self, options: Any) -> dict[str, Any]:
         measure = self.measure
         rows = [{"what": LOSSLESS} | self.row({})]
-        rows += [
-            {"what": f"uniform {width}"} | self.row(uniform(measure.places, width))
-            for width in reversed(WIDTHS[:-1])
-        ]
+        self.choices = {
+            f"uniform {width}": uniform(measure.places, width) for width in reversed(WIDTHS[:-1])
+        }
+        rows += [{"what": what} | self.row(widths) for what, widths in self.choices.items()]
         for target in map(float, options.targets.split(",")):
             found = find_widths(measure, QuantizeOptions(target))
             if target == CHOSEN:
                 self.chosen = found.widths
-            rows.append(
-                {"what": f"at most {target:.1%}", "target": target} | self.row(found.widths)
-            )
+            what = f"at most {target:.1%}"
+            self.choices[what] = found.widths
+            rows.append({"what": what, "target": target} | self.row(found.widths))
             print(rows[-1], flush=True)
         rows += [{"what": MIXED.format(width)} | self.row(self.mixed(width)) for width in BUDGETS]
         return {
@@ -224,22 +225,28 @@ class Bench:
         }
 
 
-def speed(store: Path, widths: dict[Place, str], rounds: int) -> list[dict[str, Any]]:
-    """Tokens a second of a lossless store and of a lossy one, in turns."""
-    lossy = store.with_name(f"{store.name}-lossy")
+def speed(
+    store: Path, choices: Mapping[str, Mapping[Place, str]], rounds: int
+) -> list[dict[str, Any]]:
+    """Tokens a second of a lossless store and of lossy ones of these widths, in turns."""
     with open_store(store) as opened:
         whole = opened.manifest.source_bytes
-        bits = bits_of(widths, [layer.experts for layer in opened.layers])
-    if not (lossy / "zipmoe.json").exists():
-        requantize_store(store, lossy, bits)
+        experts = [layer.experts for layer in opened.layers]
+    folders = {LOSSLESS: store}
+    for number, (what, widths) in enumerate(choices.items()):
+        folders[what] = store.with_name(f"{store.name}-lossy-{number}")
+        shutil.rmtree(folders[what], ignore_errors=True)  # perhaps of other widths
+        requantize_store(store, folders[what], bits_of(dict(widths), experts))
     rows = []
     for share in SHARES:
-        rates: dict[str, list[float]] = {"lossless": [], "lossy": []}
+        rates: dict[str, list[float]] = {what: [] for what in folders}
         for _ in range(rounds):
-            for name, folder in (("lossless", store), ("lossy", lossy)):
-                rates[name].append(tokens_a_second(folder, int(share * whole)))
-        medians = {name: round(statistics.median(values), 3) for name, values in rates.items()}
-        rows.append({"share": share, "memory_bytes": int(share * whole)} | medians)
+            for what, folder in folders.items():
+                rates[what].append(tokens_a_second(folder, int(share * whole)))
+        medians = {what: round(statistics.median(found), 3) for what, found in rates.items()}
+        rows.append({"share": share, "memory_bytes": int(share * whole), "tokens_s": medians})
+    for what in choices:
+        shutil.rmtree(folders[what])
     return rows
 
 
@@ -290,7 +297,10 @@ def tokens_a_second(store: Path, memory: int) -> float:
     words += ["--memory", str(memory), "--json"]
     command = [sys.executable, "-m", "zipmoe", "generate", str(store), *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return 1 / json.loads(done.stdout)["tpot_s"]
+    found = json.loads(done.stdout)
+    if len(found["token_ids"]) < LEAST_TOKENS:
+        raise SystemExit(f"{store} answers with {found['text']!r}: nothing to time")
+    return 1 / found["tpot_s"]
 
 
 def asked(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -351,7 +361,7 @@ def main() -> None:
         with loaded_to_measure(store, options.memory, WINDOW) as loaded:
             bench = Bench(name, store, loaded, options)
             found = bench.run(options)
-        found["speed"] = [] if options.skip_speed else speed(store, bench.chosen, options.rounds)
+        found["speed"] = [] if options.skip_speed else speed(store, bench.choices, options.rounds)
         notes = checkpoint / "specialised.json"
         found["distances"] = json.loads(notes.read_text()) if notes.exists() else None
         found["asked"] = asked(name, found)

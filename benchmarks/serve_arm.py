@@ -51,7 +51,7 @@ class Forced:
         self.tokens, self.times = tokens, list[float]()
 
     def choose(self, logits: Tensor, answer: list[int]) -> Choice:
-        likeliest(logits)  # as for a greedy answer
+        likeliest(logits.float())  # as for a greedy answer
         self.times.append(time.perf_counter())
         return Choice(self.tokens[len(answer)])
 

@@ -26,7 +26,9 @@ def lossy(result: dict[str, Any], table: Table) -> Iterator[str]:
         yield f"{text} windows of {tokens} tokens of calibration, {held} of the other text."
         if found["distances"]:
             yield distances(found["distances"])
-        yield table(HEAD, [row_of(row) for row in found["rows"]])
+        speeds = found["speed"]
+        heads = [f"tokens/s in {speed['share']:.0%}" for speed in speeds]
+        yield table([*HEAD, *heads], [row_of(row, speeds) for row in found["rows"]])
         yield ranking(found["ranking"])
         random = found["at_random"]
         if random["random"]:
@@ -36,20 +38,12 @@ def lossy(result: dict[str, Any], table: Table) -> Iterator[str]:
                 f"{most:.3f} in {len(random['random'])} draws, {random['seeds_that_lose_more']} of "
                 f"them worse than {random['perplexity']:.3f} ({random['windows']} windows)."
             )
-        if found["speed"]:
-            head = ["memory", "lossless, tokens/s", "lossy, tokens/s"]
-            yield table(
-                head,
-                [
-                    [f"{r['share']:.0%} of the checkpoint", f"{r['lossless']}", f"{r['lossy']}"]
-                    for r in found["speed"]
-                ],
-            )
         yield table(["", "asked", "measured", "held"], [asked_row(row) for row in found["asked"]])
 
 
-def row_of(row: dict[str, Any]) -> list[str]:
+def row_of(row: dict[str, Any], speeds: list[dict[str, Any]]) -> list[str]:
     """Return the row of some widths."""
+    rates = [speed["tokens_s"].get(row["what"]) for speed in speeds]
     return [
         row["what"],
         ", ".join(f"{count} {width}" for width, count in sorted(row["experts"].items())),
@@ -58,6 +52,7 @@ def row_of(row: dict[str, Any]) -> list[str]:
         f"{percent(row['loss'])}, {percent(row['loss_bound'])}",
         percent(row["held_out_loss"]),
         f"{row['same_token']:.1%}",
+        *("" if rate is None else f"{rate:.1f}" for rate in rates),
     ]
 
 

@@ -7,7 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from zipmoe import _core, _errors
+
+unless_sanitized = pytest.mark.skipif(
+    "san" in os.environ.get("LD_PRELOAD", ""),  # as sanitizer builds are run: libasan, libtsan
+    reason="sanitizers keep freed memory and a shadow: what is resident says nothing of the cache",
+)
 
 # The package itself is not imported: that may cost seconds, threads and memory that tests measure.
 PREAMBLE = """

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from zipmoe import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PAGE = 4096
 HEADER = 2 * PAGE  # stands for the safetensors header
@@ -18,6 +23,17 @@ COLUMNS = [
     *("layer", "expert", "matrix", "shard", "codec", "element_bytes", "rows", "columns"),
     *("row_group", "k_tile", "offset0", "length0", "xxh3_0", "offset1", "length1", "xxh3_1"),
 ]
+
+
+@contextmanager
+def skipping_without_io_uring() -> Iterator[None]:
+    """Skip the test where a cache cannot have that reader: containers often forbid io_uring."""
+    try:
+        yield
+    except ValueError as error:
+        if "io_uring does not work here" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @dataclass
@@ -59,12 +75,8 @@ class Shards:
         """A cache over them; with `tiers`, of these. Skips the test where there is no io_uring."""
         capacity = 1 << 30 if "tiers" in options else self.capacity(slots)
         options = {"capacity_bytes": capacity, **options}
-        try:
+        with skipping_without_io_uring():
             return _core.ExpertCache(self.paths, self.table, reader=reader, **options)
-        except ValueError as error:
-            if "io_uring does not work here" in str(error):
-                pytest.skip(str(error))
-            raise
 
     def check(self, cache: _core.ExpertCache, layer: int, expert: int, matrix: int) -> None:
         """Decode one matrix and compare it with what was packed."""

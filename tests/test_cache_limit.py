@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from core_process import run_script
+from core_process import run_script, unless_sanitized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_store import write_store
@@ -207,9 +207,7 @@ print(json.dumps([shards.record_bytes(), *told]))
 """
 
 
-@pytest.mark.skipif(
-    "san" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers keep freed memory and a shadow"
-)
+@unless_sanitized
 def test_what_is_given_back_is_no_longer_resident(tmp_path):
     record, *told = json.loads(run_script(RETURNED, tmp_path))
     huge = 2 << 20  # one page may lie half in what is kept

@@ -82,12 +82,14 @@ def limited():
     try:
         group.mkdir()
     except OSError as error:
+        # Only root may, and not in every container.
         pytest.skip(f"no memory cgroup can be made: {error}")
 
     def limit(count):
         swap_file, swap = ("memory.swappiness", "0") if version1 else ("memory.swap.max", "0")
         limit_file, _ = files_of(group)
         if not (group / limit_file).exists():
+            # Version 2 gives it to those children alone for which the parent asks.
             pytest.skip("the memory controller is not available to new cgroups")
         (group / limit_file).write_text(str(count))
         if (group / swap_file).exists():

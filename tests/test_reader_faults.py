@@ -24,6 +24,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 def shim(tmp_path_factory):
     """The library that makes pread fail on demand."""
     if COMPILER is None:
+        # A wheel can be tested without one; what builds from source has it.
         pytest.skip("no C compiler")
     library = tmp_path_factory.mktemp("shim") / "faulty_pread.so"
     source = Path(__file__).with_name("faulty_pread.c")

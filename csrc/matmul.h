@@ -75,11 +75,13 @@ class Multiplier {
 
  private:
   struct Strip;  // consecutive row groups of one matrix
+  struct Block;  // a part of them
+  template <class Work>
+  static void for_blocks(const Strip& strip, const Columns& x, const Work& work);
   void fused(const Strip& strip, const Columns& x);
   void by_panels(const Strip& strip, const Columns& x);
   template <class Multiply>
-  void multiply_block(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile,
-                      const Columns& x, const Sums& sums, const BlockTarget& room,
+  void multiply_block(const PackedMatrix& matrix, const Block& at, const BlockTarget& room,
                       const Multiply& multiply);
   void integers(const Strip& strip, const Columns& x);
   void raw(const Strip& strip, const Columns& x);

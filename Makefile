@@ -53,7 +53,7 @@ bench-offload-figures: $(STAMPS)/build $(STAMPS)/bench ## the same model: polici
 	$(RUN) benchmarks/offload_figures.py $(COUNTS:%=--counts %) --out benchmarks/results/offload_figures.json
 	$(RUN) tools/generate_docs.py
 
-bench-lossy: $(STAMPS)/build ## measure what lossy stores cost and gain (12 GB of disk and memory, an idle machine for two hours)
+bench-lossy: $(STAMPS)/build ## measure what lossy stores cost and gain (14 GB of disk, 12 GB of memory, an idle machine for two hours)
 	$(RUN) benchmarks/lossy.py --out benchmarks/results/lossy.json
 	$(RUN) tools/generate_docs.py
 

@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +28,7 @@ from document import publish
 from machine import describe_machine
 from policy import PROMPTS, TOKENS, drawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workers import Worker
 
 import zipmoe
 from zipmoe._synthetic_routing import Routing, synthetic_trace
@@ -140,23 +139,27 @@ def reading_ahead(loaded: Any, dictionary: PathDictionary) -> Iterator[None]:
         yield
 
 
-def rates(known: Trace, rounds: int) -> dict[str, Any]:
+class Rates:
     """Tokens a second of the demo store in half of the checkpoint's bytes.
 
-    Runs in a process of its own, whose memory is not taken by models that others have measured.
+    In a process of its own (`Worker`): what others have measured takes memory too.
     """
-    dictionary = PathDictionary(known)
-    store = cache_folder() / "store"
-    checkpoint = sum(path.stat().st_size for path in (cache_folder() / "checkpoint").iterdir())
-    found: dict[str, list[float]] = {"nothing": [], "dictionary": [], "lookahead": []}
-    for _ in range(rounds):
-        for name, values in found.items():
-            options = {"memory": checkpoint // 2, "lookahead": name == "lookahead"}
-            with zipmoe.load(store, **options) as loaded, ExitStack() as inside:
-                if name == "dictionary":
-                    inside.enter_context(reading_ahead(loaded, dictionary))
-                values.append(1 / generate(loaded, QUESTION, max_tokens=64).tpot_s)
-    return {name: round(statistics.median(values), 3) for name, values in found.items()}
+
+    def __init__(self, known: Trace) -> None:
+        self._dictionary = PathDictionary(known)
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        store = cache_folder() / "store"
+        checkpoint = sum(path.stat().st_size for path in (cache_folder() / "checkpoint").iterdir())
+        found: dict[str, list[float]] = {"nothing": [], "dictionary": [], "lookahead": []}
+        for _ in range(rounds):
+            for name, values in found.items():
+                options = {"memory": checkpoint // 2, "lookahead": name == "lookahead"}
+                with zipmoe.load(store, **options) as loaded, ExitStack() as inside:
+                    if name == "dictionary":
+                        inside.enter_context(reading_ahead(loaded, self._dictionary))
+                    values.append(1 / generate(loaded, QUESTION, max_tokens=64).tpot_s)
+        return {name: round(statistics.median(values), 3) for name, values in found.items()}
 
 
 def main() -> None:
@@ -182,8 +185,8 @@ def main() -> None:
     found["demo"] = asdict(judge(known, unknown)) | {"lookahead": recall}
     result = {"benchmark": "prediction", "machine": describe_machine(), "routing": found}
     if options.speed:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-            result["tokens_s"] = apart.submit(rates, known, options.rounds).result()
+        with Worker("rates", "prediction:Rates", {}, known=known) as worker:
+            result["tokens_s"] = worker.call("measure", options.rounds)
     publish(result, options.out)
 
 

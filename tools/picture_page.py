@@ -13,15 +13,16 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
 from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 from zipmoe.demo import cache_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
 ANSWERED = (
@@ -50,15 +51,6 @@ def serving() -> Iterator[str]:
             server.terminate()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait at most a minute."""
-    end = time.monotonic() + 60
-    while not condition():
-        if time.monotonic() > end:
-            raise SystemExit("the page did not answer")
-        time.sleep(0.1)
-
-
 def main() -> None:
     """Draw it."""
     options = webdriver.ChromeOptions()
@@ -67,17 +59,14 @@ def main() -> None:
         options.add_argument(word)
     with serving() as address:
         service = webdriver.ChromeService(shutil.which("chromedriver"))
-        page = webdriver.Chrome(options=options, service=service)
-        try:
+        with webdriver.Chrome(options=options, service=service) as page:
             page.get(address)
             for number, question in enumerate(QUESTIONS, 1):
                 page.switch_to.active_element.send_keys(f"{question}\n")
                 answered = ANSWERED.format(number)
-                wait_for(partial(page.execute_script, answered))
+                WebDriverWait(page, 60).until(methodcaller("execute_script", answered))
             time.sleep(2)  # the machine is looked at once a second
             page.save_screenshot(sys.argv[1] if len(sys.argv) > 1 else "docs/page.png")
-        finally:
-            page.quit()
 
 
 if __name__ == "__main__":

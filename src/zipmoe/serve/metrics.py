@@ -37,7 +37,6 @@ _CACHE = {
     "ahead_used": ("lookahead_useful", "Of these, experts that were then asked for."),
     "ahead_wasted": ("lookahead_wasted", "Of these, experts dropped before anybody asked."),
 }
-_TIERED = ("model_name", "tier")
 _TIMES = {
     "wait_ns": ("disk_wait_seconds", "Time that computing waited for reads."),
     "decode_ns": ("weight_decode_seconds", "Time spent decoding weights apart from multiplying."),
@@ -150,18 +149,9 @@ class Metrics:
         for key, (name, text) in _CACHE.items():
             if key in counters:
                 yield self._counter(name, text, counters[key])
-        found = CounterMetricFamily(
-            "zipmoe:experts_asked", "Experts asked for, by what of them was there.", labels=_TIERED
-        )
-        held = GaugeMetricFamily(
-            "zipmoe:experts_held", "Experts by what of them is in memory.", labels=_TIERED
-        )
-        (model,) = self._labels.values()
-        for tier, asked in asked_by_tier(counters).items():
-            found.add_metric([model, tier.value], asked)
-        for tier, count in self.held().items():
-            held.add_metric([model, tier.value], count)
-        yield from (found, held)
+        asked, held = asked_by_tier(counters), self.held()
+        yield self._counter("experts_asked", "Experts asked for, by what of them was there.", asked)
+        yield self._gauge("experts_held", "Experts by what of them is in memory.", held)
         for key, (name, text) in _TIMES.items():
             yield self._counter(name, text, counters[key] / 1e9)
         busy = counters.get("busy_ns", 0)
@@ -177,14 +167,22 @@ class Metrics:
         yield self._gauge("memory_resident_bytes", "What the process has.", budget.rss_bytes())
         yield self._gauge("memory_peak_bytes", "The most it had.", budget.peak_rss_bytes())
 
-    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
-        family = CounterMetricFamily(f"zipmoe:{name}", text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+    def _counter(self, name: str, text: str, value: float | Mapping[Tier, int]) -> Any:
+        return self._family(CounterMetricFamily, name, text, value)
 
-    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"zipmoe:{name}", text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
+    def _gauge(self, name: str, text: str, value: float | Mapping[Tier, int]) -> Any:
+        return self._family(GaugeMetricFamily, name, text, value)
+
+    def _family(self, kind: Any, name: str, text: str, value: float | Mapping[Tier, int]) -> Any:
+        """Make a metric of one sample, or of one for each tier."""
+        names, values = list(self._labels), list(self._labels.values())
+        if isinstance(value, (int, float)):
+            family = kind(f"zipmoe:{name}", text, labels=names)
+            family.add_metric(values, value)
+            return family
+        family = kind(f"zipmoe:{name}", text, labels=[*names, "tier"])
+        for tier, count in value.items():
+            family.add_metric([*values, tier.value], count)
         return family
 
 

@@ -33,7 +33,7 @@ void scores(const u16* query, const HeadRows& keys, float* out) {
                                 _mm512_maskz_loadu_epi16(words_mask(keys.width, k), key + k));
     }
     const auto mask = static_cast<__mmask16>((1U << here) - 1);
-    _mm512_mask_storeu_ps(out + j, mask, reduce16(sums));
+    _mm512_mask_storeu_ps(out + j, mask, reduce(sums));
   }
 }
 

@@ -30,11 +30,13 @@ struct Columns {
   std::uint32_t count;
 };
 
-// The sums of output (row, column) begin at data[(column * stride + row) * kSums].
+// The sums of output (row, column) begin at data[(column * stride + row) * kSums]. Whoever adds the
+// last products adds them up too: out[column * stride + row] is the output then.
 struct Sums {
   float* data;
   std::ptrdiff_t stride;  // rows
   bool begin;             // from 0, not from what is there
+  float* out;             // null: more products follow
 };
 
 // What the next products will read, to be fetched meanwhile: a line of each stretch at every step.
@@ -77,8 +79,6 @@ struct DotKernels {
   // where `panel` is as good.
   void (*rows)(const std::uint16_t* rows, std::ptrdiff_t stride, std::uint32_t width,
                const Columns& x, const Sums& sums) = nullptr;
-  // out[i] = the sum of sums[i].
-  void (*reduce)(const float* sums, std::size_t n, float* out);
   // Round to BF16, to nearest and ties to even; NaN stays NaN. `bias` (BF16) may be null.
   void (*round)(const float* values, std::size_t n, const std::uint16_t* bias, std::uint16_t* out);
   // out = round(activation(gate) * up); `up` may be null: no multiplication.

@@ -77,6 +77,7 @@ std::size_t coded(const CodedBlock& block, u32 height, u32 width, const Columns&
                   sums.begin && begin == 0);
       sign_mantissa += 4 * columns;
     }
+  finish(sums, height, x.count);
   return exponents.used();
 }
 
@@ -113,6 +114,7 @@ void rows(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x, c
   static constexpr decltype(&rows) kByColumns[kCodedColumns] = {rows_of<1>, rows_of<2>, rows_of<3>,
                                                                 rows_of<4>};
   kByColumns[x.count - 1](from, stride, width, x, sums);
+  finish(sums, 4, x.count);
 }
 
 // Without it the compiler keeps words for their odd weights and sums in memory: half the speed.
@@ -180,14 +182,10 @@ void panel(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x, 
       const Columns few{x.data + c * x.stride + 16 * half, x.stride, x.count - c};
       float* out = sums.data + static_cast<std::ptrdiff_t>(c * kSums) * sums.stride + 8 * half;
       const auto multiply = few.count == 1 ? columns_of<1> : columns_of<2>;
-      multiply(from + 16 * half, stride, width, few, {out, sums.stride, sums.begin},
+      multiply(from + 16 * half, stride, width, few, {out, sums.stride, sums.begin, nullptr},
                c + half == 0 ? ahead : Ahead{});
     }
-}
-
-void reduce(const float* sums, std::size_t n, float* out) {
-  for (std::size_t i = 0; i < n; ++i, sums += kSums)
-    out[i] = sum_of(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8));
+  finish(sums, 4, x.count);
 }
 
 }  // namespace
@@ -203,7 +201,6 @@ const DotKernels kAvx2Dot{
     .int2 = integers<2>,
     .panel = panel,
     .rows = rows,
-    .reduce = reduce,
     .round = round_values,
     .gate = gate_values,
     .weigh = weigh_values,

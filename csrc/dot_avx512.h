@@ -134,25 +134,6 @@ void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Co
   kByColumns[x.count - 1](rows, stride, width, x, sums, ahead);
 }
 
-inline __m512 reduce16(const float* from) {
-  __m512 sums[kSums];
-#pragma GCC unroll 16
-  for (unsigned i = 0; i < kSums; ++i) sums[i] = _mm512_loadu_ps(from + i * kSums);
-  return reduce16(sums);
-}
-
-void reduce(const float* sums, std::size_t n, float* out) {
-  std::size_t i = 0;
-  for (; i + kSums <= n; i += kSums) _mm512_storeu_ps(out + i, reduce16(sums + kSums * i));
-  if (i == n) return;
-  alignas(64) float last[kSums * kSums];
-  const auto rest = static_cast<unsigned>(n - i);
-  __builtin_memcpy(last, sums + kSums * i, rest * kSums * sizeof(float));
-  __builtin_memset(last + rest * kSums, 0, (kSums - rest) * kSums * sizeof(float));
-  const auto mask = static_cast<__mmask16>((1U << rest) - 1);
-  _mm512_mask_storeu_ps(out + i, mask, reduce16(last));
-}
-
 template <class Multiply>
 constexpr DotKernels avx512_kernels() {
   return {
@@ -169,7 +150,6 @@ constexpr DotKernels avx512_kernels() {
       .int2 = integers<Multiply, 2>,
       .panel = panel<Multiply>,
       .rows = rows<Multiply>,
-      .reduce = reduce,
       .round = round_values,
       .gate = gate_values,
       .weigh = weigh_values,

@@ -109,6 +109,7 @@ void integers(const IntegerBlock& block, std::uint32_t height, std::uint32_t wid
       integer_block<kBits, 1, true>, integer_block<kBits, 2, true>, integer_block<kBits, 3, true>,
       integer_block<kBits, 4, true>};
   (block.scales == nullptr ? kPlain : kScaled)[x.count - 1](block, height, width, x, sums);
+  finish(sums, height, x.count);
 }
 
 }  // namespace

@@ -6,6 +6,23 @@ namespace {
 
 using u16 = std::uint16_t;
 
+float sum_of(const float* sums) {
+  float half[kSums / 2];
+  for (std::size_t k = 0; k < 8; ++k) half[k] = sums[k] + sums[k + 8];
+  for (std::size_t k = 0; k < 4; ++k) half[k] += half[k + 4];
+  for (std::size_t k = 0; k < 2; ++k) half[k] += half[k + 2];
+  return half[0] + half[1];
+}
+
+void finish(const Sums& sums, std::uint32_t height, std::uint32_t columns) {
+  if (sums.out == nullptr) return;
+  for (std::uint32_t c = 0; c < columns; ++c)
+    for (std::uint32_t row = 0; row < height; ++row) {
+      const std::ptrdiff_t at = c * sums.stride + row;
+      sums.out[at] = sum_of(sums.data + at * static_cast<std::ptrdiff_t>(kSums));
+    }
+}
+
 void row_column(const u16* row, std::uint32_t width, const u16* x, float* sums, bool begin) {
   float total[kSums];
   for (std::size_t i = 0; i < kSums; ++i) total[i] = begin ? 0.0F : sums[i];
@@ -50,6 +67,7 @@ void integers(const IntegerBlock& block, std::uint32_t height, std::uint32_t wid
       }
       chunk += kChunkBytes<kBits>;
     }
+  finish(sums, height, x.count);
 }
 
 void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
@@ -60,16 +78,7 @@ void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Co
                  sums.data + (static_cast<std::ptrdiff_t>(c) * sums.stride + r) *
                                  static_cast<std::ptrdiff_t>(kSums),
                  sums.begin);
-}
-
-void reduce(const float* sums, std::size_t n, float* out) {
-  for (std::size_t i = 0; i < n; ++i, sums += kSums) {
-    float half[kSums / 2];
-    for (std::size_t k = 0; k < 8; ++k) half[k] = sums[k] + sums[k + 8];
-    for (std::size_t k = 0; k < 4; ++k) half[k] += half[k + 4];
-    for (std::size_t k = 0; k < 2; ++k) half[k] += half[k + 2];
-    out[i] = half[0] + half[1];
-  }
+  finish(sums, 4, x.count);
 }
 
 }  // namespace
@@ -84,7 +93,6 @@ const DotKernels kPortableDot{
     .int4 = integers<4>,
     .int2 = integers<2>,
     .panel = panel,
-    .reduce = reduce,
     .round = round_values,
     .gate = gate_values,
     .weigh = weigh_values,

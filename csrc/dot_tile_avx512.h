@@ -17,12 +17,12 @@ class Tile {
 #pragma GCC unroll 4
       for (unsigned r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-        for (unsigned c = 0; c < kColumns; ++c) at_[r][c] = _mm512_setzero_ps();
+        for (unsigned c = 0; c < kColumns; ++c) at_[c][r] = _mm512_setzero_ps();
     } else {
 #pragma GCC unroll 4
       for (unsigned r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-        for (unsigned c = 0; c < kColumns; ++c) at_[r][c] = _mm512_loadu_ps(place(r, c));
+        for (unsigned c = 0; c < kColumns; ++c) at_[c][r] = _mm512_loadu_ps(place(r, c));
     }
   }
   [[gnu::always_inline]] void add(const __m512i (&weights)[kRows], const u16* x,
@@ -31,7 +31,7 @@ class Tile {
     for (unsigned c = 0; c < kColumns; ++c) {
       const __m512i values = _mm512_loadu_si512(x + c * stride);
 #pragma GCC unroll 4
-      for (unsigned r = 0; r < kRows; ++r) at_[r][c] = Multiply::add(at_[r][c], weights[r], values);
+      for (unsigned r = 0; r < kRows; ++r) at_[c][r] = Multiply::add(at_[c][r], weights[r], values);
     }
   }
   // Two steps of weights from a sum of their own, which is scaled and added.
@@ -47,25 +47,42 @@ class Tile {
       for (unsigned r = 0; r < kRows; ++r) {
         const __m512 sum =
             Multiply::add(Multiply::add(_mm512_setzero_ps(), first[r], low), second[r], high);
-        at_[r][c] = _mm512_fmadd_ps(scales[r], sum, at_[r][c]);
+        at_[c][r] = _mm512_fmadd_ps(scales[r], sum, at_[c][r]);
       }
     }
   }
-  void store() const {
-#pragma GCC unroll 4
-    for (unsigned r = 0; r < kRows; ++r)
+  [[gnu::always_inline]] void store() const {
+    if (sums_.out != nullptr) return store_outputs();
 #pragma GCC unroll 8
-      for (unsigned c = 0; c < kColumns; ++c) _mm512_storeu_ps(place(r, c), at_[r][c]);
+    for (unsigned c = 0; c < kColumns; ++c)
+#pragma GCC unroll 4
+      for (unsigned r = 0; r < kRows; ++r) _mm512_storeu_ps(place(r, c), at_[c][r]);
   }
 
  private:
+  // Of the columns from the given one on, up to 16 outputs at a time.
+  template <unsigned kFirst = 0>
+  [[gnu::always_inline]] void store_outputs() const {
+    constexpr unsigned kMost = 16 / kRows, kLeft = kColumns - kFirst;
+    constexpr unsigned kCount = kLeft < kMost ? kLeft : kMost;
+    __m512 sums[kCount * kRows];
+#pragma GCC unroll 16
+    for (unsigned i = 0; i < kCount * kRows; ++i) sums[i] = at_[kFirst + i / kRows][i % kRows];
+    alignas(64) float outputs[16];
+    _mm512_store_ps(outputs, reduce(sums));
+#pragma GCC unroll 4
+    for (unsigned c = 0; c < kCount; ++c)
+      __builtin_memcpy(sums_.out + (kFirst + c) * sums_.stride + row_, outputs + c * kRows,
+                       kRows * sizeof(float));
+    if constexpr (kCount < kLeft) store_outputs<kFirst + kCount>();
+  }
   float* place(unsigned r, unsigned c) const {
     return sums_.data + (static_cast<std::ptrdiff_t>(c) * sums_.stride + row_ + r) *
                             static_cast<std::ptrdiff_t>(kSums);
   }
   const Sums& sums_;
   std::uint32_t row_;
-  __m512 at_[kRows][kColumns];
+  __m512 at_[kColumns][kRows];
 };
 
 }  // namespace

@@ -25,7 +25,13 @@ Columns part(const Columns& x, std::uint64_t first_weight, std::uint32_t first,
 
 Sums part(const Sums& sums, std::uint64_t row, std::uint32_t column) {
   const auto at = static_cast<std::ptrdiff_t>(row) + column * sums.stride;
-  return {sums.data + at * static_cast<std::ptrdiff_t>(kSums), sums.stride, sums.begin};
+  return {sums.data + at * static_cast<std::ptrdiff_t>(kSums), sums.stride, sums.begin,
+          sums.out == nullptr ? nullptr : sums.out + at};
+}
+
+// Of a piece of K: begun by the first one, complete with the last.
+Sums of_piece(const Sums& sums, bool is_first, bool is_last) {
+  return {sums.data, sums.stride, is_first, is_last ? sums.out : nullptr};
 }
 
 // A kernel of those for 2, 3 and 4-bit codes.
@@ -121,8 +127,10 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
   for (std::uint64_t row = begin; row < end; row += step) {
     const std::uint64_t real = std::min(step, end - row);
     const std::uint64_t height = ceil_to(real, kPanelRows);
-    float* sums = aligned_room<float>(sums_, height * x.count * kSums);
-    const Strip strip{matrix, row, row + height, {sums, static_cast<std::ptrdiff_t>(height), true}};
+    auto* sums = aligned_room<float>(sums_, height * x.count * (kSums + 1));
+    float* outputs = sums + height * x.count * kSums;
+    const Strip strip{
+        matrix, row, row + height, {sums, static_cast<std::ptrdiff_t>(height), true, outputs}};
     if (!matrix.grid_)
       raw(strip, x);
     else if (matrix.layout_)
@@ -133,7 +141,7 @@ void Multiplier::rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint
       by_panels(strip, x);
     for (std::uint32_t c = 0; c < x.count; ++c) {
       float* out = y + c * stride + (row - begin);
-      dot_.reduce(sums + c * height * kSums, real, out);
+      std::copy_n(outputs + c * height, real, out);
       if (matrix.layout_ && matrix.layout_->has_row_scales()) scale_rows(matrix, row, real, out);
     }
   }
@@ -172,17 +180,21 @@ struct Multiplier::Block {
   Sums sums;
 };
 
+static Sums of_tile(const Sums& sums, const Grid& grid, std::uint64_t tile) {
+  return of_piece(sums, tile == 0, tile + 1 == grid.k_tiles());
+}
+
 // The blocks of a strip in the order in which they lie.
 template <class Work>
 void Multiplier::for_blocks(const Strip& strip, const Columns& x, const Work& work) {
   const Grid& grid = *strip.matrix.grid_;
   for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
     const std::uint64_t group = row / grid.row_group();
-    Sums sums = part(strip.sums, row - strip.begin, 0);
-    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
+    const Sums sums = part(strip.sums, row - strip.begin, 0);
+    for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile)
       work(Block{group, tile, static_cast<std::uint32_t>(grid.height(group)),
                  static_cast<std::uint32_t>(grid.width(tile)),
-                 part(x, grid.first_column(tile), 0, x.count), sums});
+                 part(x, grid.first_column(tile), 0, x.count), of_tile(sums, grid, tile)});
   }
 }
 
@@ -228,8 +240,8 @@ void Multiplier::integers(const Strip& strip, const Columns& x) {
     });
     return;
   }
-  Sums sums = strip.sums;
-  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false)
+  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
+    const Sums sums = of_tile(strip.sums, grid, tile);
     for (std::uint32_t c = 0; c < x.count; c += kCodedColumns) {
       const Columns few = part(x, grid.first_column(tile), c, std::min(kCodedColumns, x.count - c));
       for (std::uint64_t row = strip.begin; row < strip.end; row += grid.row_group()) {
@@ -239,6 +251,7 @@ void Multiplier::integers(const Strip& strip, const Columns& x) {
                  part(sums, row - strip.begin, c));
       }
     }
+  }
 }
 
 void Multiplier::scale_rows(const PackedMatrix& matrix, std::uint64_t begin, std::uint64_t count,
@@ -296,8 +309,8 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
     end = grid.first_weight(at.group, at.tile) + std::uint64_t{at.height} * at.width;
   });
   const std::uint32_t done = keep ? kCodedColumns : 0;
-  Sums sums = part(strip.sums, 0, done);
-  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile, sums.begin = false) {
+  const Sums sums = part(strip.sums, 0, done);
+  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
     const auto width = static_cast<std::uint32_t>(grid.width(tile));
     Panels panels{room + grid.first_column(tile),
                   static_cast<std::ptrdiff_t>(stride),
@@ -307,7 +320,8 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
     if (tile == 0 && !keep)
       panels.ahead =
           ahead_of(grid, *matrix.codes_, matrix.extents_.sign_mantissa.data(), end, width);
-    multiply_panels(panels, part(x, grid.first_column(tile), done, x.count - done), sums);
+    multiply_panels(panels, part(x, grid.first_column(tile), done, x.count - done),
+                    of_tile(sums, grid, tile));
   }
 }
 
@@ -334,9 +348,9 @@ void Multiplier::raw(const Strip& strip, const Columns& x) {
   const std::uint64_t tile =
       x.count < kCodedColumns ? columns : std::uint64_t{choose_geometry(rows, columns).k_tile};
   const bool direct = columns % kGroupWeights == 0 && strip.end <= rows;
-  Sums sums = strip.sums;
-  for (std::uint64_t k = 0; k < columns; k += tile, sums.begin = false) {
+  for (std::uint64_t k = 0; k < columns; k += tile) {
     const std::uint64_t real = std::min(tile, columns - k);
+    const Sums sums = of_piece(strip.sums, k == 0, k + real == columns);
     const auto width = static_cast<std::uint32_t>(ceil_to(real, kGroupWeights));
     Panels panels{data + strip.begin * columns + k,
                   static_cast<std::ptrdiff_t>(columns),

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "dot.h"
+
 namespace zipmoe {
 namespace {
 
@@ -35,6 +37,17 @@ inline float sum_of(__m256 low, __m256 high) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// What the kernels leave in memory: outputs where no products follow.
+inline void finish(const Sums& sums, std::uint32_t height, std::uint32_t columns) {
+  if (sums.out == nullptr) return;
+  for (std::uint32_t c = 0; c < columns; ++c)
+    for (std::uint32_t row = 0; row < height; ++row) {
+      const std::ptrdiff_t at = c * sums.stride + row;
+      const float* from = sums.data + at * static_cast<std::ptrdiff_t>(kSums);
+      sums.out[at] = sum_of(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
+    }
 }
 
 }  // namespace

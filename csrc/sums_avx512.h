@@ -46,13 +46,22 @@ inline __m512 halve2(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
 }
 
-[[gnu::always_inline]] inline __m512 reduce16(const __m512 (&sums)[16]) {
-  __m512 eight[8], four[4];
+// The sums of n products, 1 to 16, in the low lanes: the steps of those that are not there, in
+// whose place the last one stands, are left out.
+template <unsigned n>
+[[gnu::always_inline]] inline __m512 reduce(const __m512 (&sums)[n]) {
+  constexpr unsigned kEight = (n + 1) / 2, kFour = (n + 3) / 4, kTwo = (n + 7) / 8;
+  __m512 eight[kEight], four[kFour], two[kTwo];
 #pragma GCC unroll 8
-  for (unsigned i = 0; i < 8; ++i) eight[i] = halve16(sums[2 * i], sums[2 * i + 1]);
+  for (unsigned i = 0; i < kEight; ++i)
+    eight[i] = halve16(sums[2 * i], sums[2 * i + 1 < n ? 2 * i + 1 : n - 1]);
 #pragma GCC unroll 4
-  for (unsigned i = 0; i < 4; ++i) four[i] = halve8(eight[2 * i], eight[2 * i + 1]);
-  const __m512 crossed = halve2(halve4(four[0], four[1]), halve4(four[2], four[3]));
+  for (unsigned i = 0; i < kFour; ++i)
+    four[i] = halve8(eight[2 * i], eight[2 * i + 1 < kEight ? 2 * i + 1 : kEight - 1]);
+#pragma GCC unroll 2
+  for (unsigned i = 0; i < kTwo; ++i)
+    two[i] = halve4(four[2 * i], four[2 * i + 1 < kFour ? 2 * i + 1 : kFour - 1]);
+  const __m512 crossed = halve2(two[0], two[kTwo - 1]);
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   return _mm512_permutexvar_ps(order, crossed);
 }

@@ -72,6 +72,8 @@ struct DotKernels {
   // weights is summed from 0 in the order above, and scale * sum is added to the sum of the output
   // with a single rounding; without, the integers are summed as weights are.
   MultiplyIntegers int8, int4, int2;
+  // Of a row, `panel` is best given no more weights at once: a multiple of 64.
+  std::uint32_t panel_weights;
   // Four rows of plain weights, `stride` elements apart, times 1 to kPanelColumns columns.
   void (*panel)(const std::uint16_t* rows, std::ptrdiff_t stride, std::uint32_t width,
                 const Columns& x, const Sums& sums, const Ahead& ahead);

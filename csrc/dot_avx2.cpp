@@ -199,6 +199,7 @@ const DotKernels kAvx2Dot{
     .int8 = integers<8>,
     .int4 = integers<4>,
     .int2 = integers<2>,
+    .panel_weights = 2048,
     .panel = panel,
     .rows = rows,
     .round = round_values,

@@ -148,6 +148,7 @@ constexpr DotKernels avx512_kernels() {
       .int8 = integers<Multiply, 8>,
       .int4 = integers<Multiply, 4>,
       .int2 = integers<Multiply, 2>,
+      .panel_weights = 16384,
       .panel = panel<Multiply>,
       .rows = rows<Multiply>,
       .round = round_values,

@@ -92,6 +92,7 @@ const DotKernels kPortableDot{
     .int8 = integers<8>,
     .int4 = integers<4>,
     .int2 = integers<2>,
+    .panel_weights = 2048,
     .panel = panel,
     .round = round_values,
     .gate = gate_values,

@@ -309,32 +309,39 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
     end = grid.first_weight(at.group, at.tile) + std::uint64_t{at.height} * at.width;
   });
   const std::uint32_t done = keep ? kCodedColumns : 0;
-  const Sums sums = part(strip.sums, 0, done);
-  for (std::uint64_t tile = 0; tile < grid.k_tiles(); ++tile) {
-    const auto width = static_cast<std::uint32_t>(grid.width(tile));
-    Panels panels{room + grid.first_column(tile),
-                  static_cast<std::ptrdiff_t>(stride),
-                  strip.height(),
-                  width,
-                  {}};
-    if (tile == 0 && !keep)
-      panels.ahead =
-          ahead_of(grid, *matrix.codes_, matrix.extents_.sign_mantissa.data(), end, width);
-    multiply_panels(panels, part(x, grid.first_column(tile), done, x.count - done),
-                    of_tile(sums, grid, tile));
-  }
+  const std::uint64_t last = grid.k_tiles() - 1;
+  const auto width = static_cast<std::uint32_t>(grid.first_column(last) + grid.width(last));
+  Panels panels{room, static_cast<std::ptrdiff_t>(stride), strip.height(), width, {}};
+  if (!keep)
+    panels.ahead = ahead_of(grid, *matrix.codes_, matrix.extents_.sign_mantissa.data(), end, width);
+  multiply_panels(panels, part(x, 0, done, x.count - done), part(strip.sums, 0, done));
 }
 
-// A few columns at a time, all rows of the strip: the columns stay in the first cache.
+// What is left of it after so many weights of each row, for so many more.
+static Ahead part(const Ahead& ahead, std::uint64_t first_weight, std::uint64_t weights) {
+  constexpr std::uint64_t kLineWeights = 32;
+  const std::uint64_t done = first_weight / kLineWeights;
+  if (done >= ahead.lines) return {};
+  Ahead left{{}, std::min(ahead.lines - done, weights / kLineWeights)};
+  for (std::size_t i = 0; i < std::size(left.stretches); ++i)
+    left.stretches[i] = ahead.stretches[i] + first_weight * sizeof(std::uint16_t);
+  return left;
+}
+
+// A few columns at a time, of no more weights than stay in a near cache, all rows of the strip.
 void Multiplier::multiply_panels(const Panels& panels, const Columns& x, const Sums& sums) {
   const std::uint32_t tiles = (x.count + kPanelColumns - 1) / kPanelColumns;
-  for (std::uint32_t tile = 0; tile < tiles; ++tile) {
-    const std::uint32_t first = x.count * tile / tiles, end = x.count * (tile + 1) / tiles;
-    const Columns few = part(x, 0, first, end - first);
-    for (std::uint64_t row = 0; row < panels.height; row += kPanelRows)
-      dot_.panel(panels.rows + static_cast<std::ptrdiff_t>(row) * panels.stride, panels.stride,
-                 panels.width, few, part(sums, row, first),
-                 tile == 0 && row == 0 ? panels.ahead : Ahead{});
+  for (std::uint32_t k = 0; k < panels.width; k += dot_.panel_weights) {
+    const std::uint32_t width = std::min(dot_.panel_weights, panels.width - k);
+    const Sums of_k = of_piece(sums, sums.begin && k == 0, k + width == panels.width);
+    for (std::uint32_t tile = 0; tile < tiles; ++tile) {
+      const std::uint32_t first = x.count * tile / tiles, end = x.count * (tile + 1) / tiles;
+      const Columns few = part(x, k, first, end - first);
+      for (std::uint64_t row = 0; row < panels.height; row += kPanelRows)
+        dot_.panel(panels.rows + static_cast<std::ptrdiff_t>(row) * panels.stride + k,
+                   panels.stride, width, few, part(of_k, row, first),
+                   tile == 0 && row == 0 ? part(panels.ahead, k, width) : Ahead{});
+    }
   }
 }
 
@@ -346,7 +353,7 @@ void Multiplier::raw(const Strip& strip, const Columns& x) {
       reinterpret_cast<const std::uint16_t*>(strip.matrix.extents_.sign_mantissa.data());
   // Up to three columns stay in the first cache whatever their length.
   const std::uint64_t tile =
-      x.count < kCodedColumns ? columns : std::uint64_t{choose_geometry(rows, columns).k_tile};
+      x.count != kCodedColumns ? columns : std::uint64_t{choose_geometry(rows, columns).k_tile};
   const bool direct = columns % kGroupWeights == 0 && strip.end <= rows;
   for (std::uint64_t k = 0; k < columns; k += tile) {
     const std::uint64_t real = std::min(tile, columns - k);

@@ -33,6 +33,7 @@ format: $(STAMPS)/build ## format all code
 
 bench: $(STAMPS)/build $(STAMPS)/bench ## measure; results go to benchmarks/results
 	$(RUN) benchmarks/codec.py --out benchmarks/results/codec.json
+	$(RUN) benchmarks/entropy.py --out benchmarks/results/entropy.json
 	$(RUN) benchmarks/pack.py --out benchmarks/results/pack.json
 	$(RUN) benchmarks/kernels.py --busy --out benchmarks/results/kernels.json
 	$(RUN) benchmarks/schedule.py --out benchmarks/results/schedule.json

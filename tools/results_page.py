@@ -202,7 +202,26 @@ def serve_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def entropy(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what entropy.json says."""
+    yield f"Of {result['model']}, commit {result['machine']['commit']}."
+    codecs = list(result["sorts"][0]["bits_a_weight"])
+    yield table(
+        ["matrices", "how many", "bits an exponent carries", *(f"{name}, bits" for name in codecs)],
+        [
+            [
+                row["sort"],
+                str(row["matrices"]),
+                spread(row["entropy_bits"], 2),
+                *(f"{row['bits_a_weight'][name]:.2f}" for name in codecs),
+            ]
+            for row in result["sorts"]
+        ],
+    )
+
+
 SECTIONS = {
+    "entropy": entropy,
     "offload": offload,
     "offload_figures": figures,
     "serve": serve,

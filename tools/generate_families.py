@@ -4,7 +4,7 @@ docs/families.md, and src/zipmoe/_outside.py for `zipmoe inspect`.
 
     python tools/generate_families.py [--check]
 
-Takes a minute or two. Leaves with 1 if a family is not exact, or if the document is stale.
+Takes three to four minutes. Leaves with 1 if a family is not exact, or if the document is stale.
 """
 
 import sys

@@ -77,7 +77,7 @@ std::size_t coded(const CodedBlock& block, u32 height, u32 width, const Columns&
                   sums.begin && begin == 0);
       sign_mantissa += 4 * columns;
     }
-  finish(sums, height, x.count);
+  finish<sum_of>(sums, height, x.count);
   return exponents.used();
 }
 
@@ -114,7 +114,7 @@ void rows(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x, c
   static constexpr decltype(&rows) kByColumns[kCodedColumns] = {rows_of<1>, rows_of<2>, rows_of<3>,
                                                                 rows_of<4>};
   kByColumns[x.count - 1](from, stride, width, x, sums);
-  finish(sums, 4, x.count);
+  finish<sum_of>(sums, 4, x.count);
 }
 
 // Without it the compiler keeps words for their odd weights and sums in memory: half the speed.
@@ -185,7 +185,7 @@ void panel(const u16* from, std::ptrdiff_t stride, u32 width, const Columns& x, 
       multiply(from + 16 * half, stride, width, few, {out, sums.stride, sums.begin, nullptr},
                c + half == 0 ? ahead : Ahead{});
     }
-  finish(sums, 4, x.count);
+  finish<sum_of>(sums, 4, x.count);
 }
 
 }  // namespace

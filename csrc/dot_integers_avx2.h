@@ -1,7 +1,7 @@
 // Products of integer codes for AVX2: codes become FP32 in registers. Internal linkage: each file
 // that includes it has its own flags.
 #pragma once
-#include "dot.h"
+#include "dot_pointwise.h"
 #include "integer_codes.h"
 #include "sums_avx2.h"
 
@@ -109,7 +109,7 @@ void integers(const IntegerBlock& block, std::uint32_t height, std::uint32_t wid
       integer_block<kBits, 1, true>, integer_block<kBits, 2, true>, integer_block<kBits, 3, true>,
       integer_block<kBits, 4, true>};
   (block.scales == nullptr ? kPlain : kScaled)[x.count - 1](block, height, width, x, sums);
-  finish(sums, height, x.count);
+  finish<sum_of>(sums, height, x.count);
 }
 
 }  // namespace

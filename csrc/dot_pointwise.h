@@ -1,13 +1,24 @@
-// What is done to each value by itself: the same source for every instruction set, left to the
-// compiler to vectorise, without contraction of a multiplication and an addition into one operation
-// (the build says -ffp-contract=off for these files). So its results are the same everywhere.
-// Internal linkage: each file that includes it is compiled with its own flags.
+// What is done to each value and each output by itself: the same source for every instruction set,
+// left to the compiler to vectorise, without contraction of a multiplication and an addition into
+// one operation (the build says -ffp-contract=off for these files). So its results are the same
+// everywhere. Internal linkage: each file that includes it is compiled with its own flags.
 #pragma once
 #include "dot.h"
 #include "scalar.h"
 
 namespace zipmoe {
 namespace {
+
+// For kernels that leave sums in memory: outputs, where no products follow.
+template <float (*kSumOf)(const float*)>
+void finish(const Sums& sums, std::uint32_t height, std::uint32_t columns) {
+  if (sums.out == nullptr) return;
+  for (std::uint32_t c = 0; c < columns; ++c)
+    for (std::uint32_t row = 0; row < height; ++row) {
+      const std::ptrdiff_t at = c * sums.stride + row;
+      sums.out[at] = kSumOf(sums.data + at * static_cast<std::ptrdiff_t>(kSums));
+    }
+}
 
 inline float silu(float x) { return x / (1.0F + exp_of(-x)); }
 

@@ -14,15 +14,6 @@ float sum_of(const float* sums) {
   return half[0] + half[1];
 }
 
-void finish(const Sums& sums, std::uint32_t height, std::uint32_t columns) {
-  if (sums.out == nullptr) return;
-  for (std::uint32_t c = 0; c < columns; ++c)
-    for (std::uint32_t row = 0; row < height; ++row) {
-      const std::ptrdiff_t at = c * sums.stride + row;
-      sums.out[at] = sum_of(sums.data + at * static_cast<std::ptrdiff_t>(kSums));
-    }
-}
-
 void row_column(const u16* row, std::uint32_t width, const u16* x, float* sums, bool begin) {
   float total[kSums];
   for (std::size_t i = 0; i < kSums; ++i) total[i] = begin ? 0.0F : sums[i];
@@ -67,7 +58,7 @@ void integers(const IntegerBlock& block, std::uint32_t height, std::uint32_t wid
       }
       chunk += kChunkBytes<kBits>;
     }
-  finish(sums, height, x.count);
+  finish<sum_of>(sums, height, x.count);
 }
 
 void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Columns& x,
@@ -78,7 +69,7 @@ void panel(const u16* rows, std::ptrdiff_t stride, std::uint32_t width, const Co
                  sums.data + (static_cast<std::ptrdiff_t>(c) * sums.stride + r) *
                                  static_cast<std::ptrdiff_t>(kSums),
                  sums.begin);
-  finish(sums, 4, x.count);
+  finish<sum_of>(sums, 4, x.count);
 }
 
 }  // namespace

@@ -18,6 +18,8 @@ constexpr std::uint64_t kManyRows = 32, kManyWeights = std::uint64_t{1} << 17;
 // Rows of a decoded panel do not lie a power of two apart, for the reason given at column_stride.
 constexpr std::uint32_t kPanelSkew = 32;
 
+constexpr std::uint64_t kLineWeights = 32;  // of a line of memory
+
 Columns part(const Columns& x, std::uint64_t first_weight, std::uint32_t first,
              std::uint32_t count) {
   return {x.data + first * x.stride + static_cast<std::ptrdiff_t>(first_weight), x.stride, count};
@@ -27,6 +29,16 @@ Sums part(const Sums& sums, std::uint64_t row, std::uint32_t column) {
   const auto at = static_cast<std::ptrdiff_t>(row) + column * sums.stride;
   return {sums.data + at * static_cast<std::ptrdiff_t>(kSums), sums.stride, sums.begin,
           sums.out == nullptr ? nullptr : sums.out + at};
+}
+
+// What is left of it after so many weights of each row, for so many more.
+Ahead part(const Ahead& ahead, std::uint64_t first_weight, std::uint64_t weights) {
+  const std::uint64_t done = first_weight / kLineWeights;
+  if (done >= ahead.lines) return {};
+  Ahead left{{}, std::min(ahead.lines - done, weights / kLineWeights)};
+  for (std::size_t i = 0; i < std::size(left.stretches); ++i)
+    left.stretches[i] = ahead.stretches[i] + first_weight * sizeof(std::uint16_t);
+  return left;
 }
 
 // Of a piece of K: begun by the first one, complete with the last.
@@ -284,7 +296,7 @@ static Ahead ahead_of(const Grid& grid, const RankExtent& codes, const std::uint
   const std::uint64_t third = weights / 3 / kLine * kLine;
   const std::uint8_t* first = sign_mantissa + block_end;
   return {{first, first + third, first + 2 * third, codes.codes(block_end)},
-          std::min<std::size_t>(weights / 3 / kLine, width / 32)};
+          std::min<std::size_t>(weights / 3 / kLine, width / kLineWeights)};
 }
 
 // Where a kernel keeps what it decodes, the first columns are multiplied meanwhile: both together
@@ -317,17 +329,6 @@ void Multiplier::by_panels(const Strip& strip, const Columns& x) {
   multiply_panels(panels, part(x, 0, done, x.count - done), part(strip.sums, 0, done));
 }
 
-// What is left of it after so many weights of each row, for so many more.
-static Ahead part(const Ahead& ahead, std::uint64_t first_weight, std::uint64_t weights) {
-  constexpr std::uint64_t kLineWeights = 32;
-  const std::uint64_t done = first_weight / kLineWeights;
-  if (done >= ahead.lines) return {};
-  Ahead left{{}, std::min(ahead.lines - done, weights / kLineWeights)};
-  for (std::size_t i = 0; i < std::size(left.stretches); ++i)
-    left.stretches[i] = ahead.stretches[i] + first_weight * sizeof(std::uint16_t);
-  return left;
-}
-
 // A few columns at a time, of no more weights than stay in a near cache, all rows of the strip.
 void Multiplier::multiply_panels(const Panels& panels, const Columns& x, const Sums& sums) {
   const std::uint32_t tiles = (x.count + kPanelColumns - 1) / kPanelColumns;
@@ -345,48 +346,48 @@ void Multiplier::multiply_panels(const Panels& panels, const Columns& x, const S
   }
 }
 
-// Rows as they lie, in pieces of K as the blocks of the rank codecs would be. Rows that end inside
-// a group of 64, and the rows of an incomplete panel, are copied to where zeros follow.
+// Rows as they lie. Rows that end inside a group of 64, and the rows of an incomplete panel, are
+// copied to where zeros follow.
 void Multiplier::raw(const Strip& strip, const Columns& x) {
   const std::uint64_t columns = strip.matrix.columns(), rows = strip.matrix.rows();
   const auto* data =
       reinterpret_cast<const std::uint16_t*>(strip.matrix.extents_.sign_mantissa.data());
-  // Up to three columns stay in the first cache whatever their length.
-  const std::uint64_t tile =
-      x.count != kCodedColumns ? columns : std::uint64_t{choose_geometry(rows, columns).k_tile};
-  const bool direct = columns % kGroupWeights == 0 && strip.end <= rows;
-  for (std::uint64_t k = 0; k < columns; k += tile) {
-    const std::uint64_t real = std::min(tile, columns - k);
-    const Sums sums = of_piece(strip.sums, k == 0, k + real == columns);
-    const auto width = static_cast<std::uint32_t>(ceil_to(real, kGroupWeights));
-    Panels panels{data + strip.begin * columns + k,
-                  static_cast<std::ptrdiff_t>(columns),
-                  strip.height(),
-                  width,
-                  {}};
-    if (direct && strip.end + kPanelRows <= rows) {
-      const std::uint16_t* next = data + strip.end * columns + k;
-      for (std::size_t row = 0; row < kPanelRows; ++row)
-        panels.ahead.stretches[row] = reinterpret_cast<const std::uint8_t*>(next + row * columns);
-      panels.ahead.lines = width / 32;
-    }
-    if (!direct) {
-      auto* panel = aligned_room<std::uint16_t>(panel_, strip.height() * width);
-      std::memset(panel, 0, strip.height() * width * sizeof *panel);
-      for (std::uint64_t row = strip.begin; row < std::min(strip.end, rows); ++row)
-        std::memcpy(panel + (row - strip.begin) * width, data + row * columns + k,
-                    real * sizeof *panel);
-      panels.rows = panel;
-      panels.stride = width;
-    }
-    const Columns piece = part(x, k, 0, x.count);
-    if (dot_.rows == nullptr || x.count > kCodedColumns) {
-      multiply_panels(panels, piece, sums);
-      continue;
-    }
+  const auto width = static_cast<std::uint32_t>(ceil_to(columns, kGroupWeights));
+  Panels panels{data + strip.begin * columns,
+                static_cast<std::ptrdiff_t>(columns),
+                strip.height(),
+                width,
+                {}};
+  if (columns != width || strip.end > rows) {
+    auto* panel = aligned_room<std::uint16_t>(panel_, strip.height() * width);
+    std::memset(panel, 0, strip.height() * width * sizeof *panel);
+    for (std::uint64_t row = strip.begin; row < std::min(strip.end, rows); ++row)
+      std::memcpy(panel + (row - strip.begin) * width, data + row * columns,
+                  columns * sizeof *panel);
+    panels.rows = panel;
+    panels.stride = width;
+  } else if (strip.end + kPanelRows <= rows) {
+    const std::uint16_t* next = data + strip.end * columns;
+    for (std::size_t row = 0; row < kPanelRows; ++row)
+      panels.ahead.stretches[row] = reinterpret_cast<const std::uint8_t*>(next + row * columns);
+    panels.ahead.lines = width / kLineWeights;
+  }
+  if (dot_.rows != nullptr && x.count <= kCodedColumns)
+    multiply_rows(panels, x, strip.sums);
+  else
+    multiply_panels(panels, x, strip.sums);
+}
+
+// Four columns stay in the first cache where rows are cut as for blocks, fewer at any length.
+void Multiplier::multiply_rows(const Panels& panels, const Columns& x, const Sums& sums) {
+  const std::uint32_t most =
+      x.count == kCodedColumns ? choose_geometry(panels.height, panels.width).k_tile : panels.width;
+  for (std::uint32_t k = 0; k < panels.width; k += most) {
+    const std::uint32_t width = std::min(most, panels.width - k);
+    const Sums of_k = of_piece(sums, k == 0, k + width == panels.width);
     for (std::uint64_t row = 0; row < panels.height; row += kPanelRows)
-      dot_.rows(panels.rows + static_cast<std::ptrdiff_t>(row) * panels.stride, panels.stride,
-                width, piece, part(sums, row, 0));
+      dot_.rows(panels.rows + static_cast<std::ptrdiff_t>(row) * panels.stride + k, panels.stride,
+                width, part(x, k, 0, x.count), part(of_k, row, 0));
   }
 }
 

@@ -92,6 +92,7 @@ class Multiplier {
   ReadyBlock prepare(const PackedMatrix& matrix, std::uint64_t group, std::uint64_t tile);
   struct Panels;  // decoded rows
   void multiply_panels(const Panels& panels, const Columns& x, const Sums& sums);
+  void multiply_rows(const Panels& panels, const Columns& x, const Sums& sums);
 
   const Kernels& kernels_;
   const DotKernels& dot_;

@@ -5,8 +5,6 @@
 
 #include <cstdint>
 
-#include "dot.h"
-
 namespace zipmoe {
 namespace {
 
@@ -39,15 +37,8 @@ inline float sum_of(__m256 low, __m256 high) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// What the kernels leave in memory: outputs where no products follow.
-inline void finish(const Sums& sums, std::uint32_t height, std::uint32_t columns) {
-  if (sums.out == nullptr) return;
-  for (std::uint32_t c = 0; c < columns; ++c)
-    for (std::uint32_t row = 0; row < height; ++row) {
-      const std::ptrdiff_t at = c * sums.stride + row;
-      const float* from = sums.data + at * static_cast<std::ptrdiff_t>(kSums);
-      sums.out[at] = sum_of(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
-    }
+inline float sum_of(const float* sums) {
+  return sum_of(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8));
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zipnn
 from machine import describe_machine
+from workers import spread
 
 from zipmoe import _core
 
@@ -285,11 +286,6 @@ def verify_all(arms: list[Arm], matrices: Matrices) -> None:
                 matrices.targets[:] = 0
                 arm.measure(pool)
                 arm.verify(list(range(matrices.count)))
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    kinds = {"median": statistics.median, "min": min, "max": max}
-    return {name: round(kind(values), 3) for name, kind in kinds.items()}
 
 
 def report(arm: Arm) -> dict[str, object]:

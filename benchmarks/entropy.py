@@ -15,6 +15,7 @@ import argparse
 import random
 import re
 import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ import torch
 from document import publish
 from machine import describe_machine
 from safetensors import safe_open
+from workers import spread
 
 from zipmoe import _core, demo
 
@@ -55,13 +57,9 @@ def sort_of(name: str) -> str | None:
     return next((sort for sort, pattern in SORTS.items() if re.search(pattern, name)), None)
 
 
-def exponents(words: np.ndarray) -> np.ndarray:
-    return ((words >> 7) & 0xFF).astype(np.uint8)
-
-
 def entropy(words: np.ndarray) -> float:
     """Bits an exponent carries if it is drawn from the matrix's own distribution."""
-    counts = np.bincount(exponents(words).ravel(), minlength=256)
+    counts = np.bincount(((words >> 7) & 0xFF).ravel())
     shares = counts[counts > 0] / words.size
     return float(-(shares * np.log2(shares)).sum())
 
@@ -72,42 +70,43 @@ def coded_bits(codec: str, words: np.ndarray) -> float:
     return 8 * sum(extent.size for extent in extents) / words.size
 
 
-def measure(folder: Path, sample: int) -> list[dict[str, Any]]:
-    found: dict[str, list[float]] = {}
-    weights: dict[str, int] = {}
-    kept: dict[str, list[np.ndarray]] = {}
+@dataclass
+class Sort:
+    """Matrices of one sort: the entropies of all, and a sample of them."""
+
+    entropies: list[float] = field(default_factory=list)
+    sample: list[tuple[float, np.ndarray]] = field(default_factory=list)
+
+    def add(self, words: np.ndarray, most: int, rng: random.Random) -> None:
+        self.entropies.append(entropy(words))
+        place = len(self.sample)
+        if place == most:  # each matrix stays with the same probability
+            place = rng.randrange(len(self.entropies))
+        if place < most:
+            self.sample[place : place + 1] = [(self.entropies[-1], words.copy())]
+
+    def summary(self) -> dict[str, Any]:
+        bits = {
+            codec: statistics.fmean(coded_bits(codec, words) for _, words in self.sample)
+            for codec in CODECS
+        }
+        bits["entropy"] = 8 + statistics.fmean(carried for carried, _ in self.sample)
+        return {
+            "matrices": len(self.entropies),
+            "entropy_bits": spread(self.entropies),
+            "sampled": len(self.sample),
+            "bits_a_weight": {name: round(value, 3) for name, value in bits.items()},
+        }
+
+
+def measure(folder: Path, most: int) -> list[dict[str, Any]]:
+    sorts = {name: Sort() for name in SORTS}
     rng = random.Random(0)
     for name, words in matrices(folder):
         sort = sort_of(name)
-        if sort is None:
-            continue
-        found.setdefault(sort, []).append(entropy(words))
-        weights[sort] = weights.get(sort, 0) + words.size
-        drawn, place = kept.setdefault(sort, []), rng.randrange(len(found[sort]))
-        if len(drawn) < sample:
-            drawn.append(words.copy())
-        elif place < sample:  # each matrix with the same probability
-            drawn[place] = words.copy()
-    return [
-        {
-            "sort": sort,
-            "matrices": len(found[sort]),
-            "weights": weights[sort],
-            "entropy_bits": {
-                "median": round(statistics.median(found[sort]), 3),
-                "min": round(min(found[sort]), 3),
-                "max": round(max(found[sort]), 3),
-            },
-            "sampled": len(kept[sort]),
-            "bits_a_weight": {
-                codec: round(statistics.fmean(coded_bits(codec, words) for words in kept[sort]), 3)
-                for codec in CODECS
-            }
-            | {"entropy": round(8 + statistics.fmean(map(entropy, kept[sort])), 3)},
-        }
-        for sort in SORTS
-        if sort in found
-    ]
+        if sort is not None:
+            sorts[sort].add(words, most, rng)
+    return [{"sort": name} | sort.summary() for name, sort in sorts.items() if sort.entropies]
 
 
 def main() -> None:

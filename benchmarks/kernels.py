@@ -22,7 +22,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 from machine import describe_machine
-from workers import Worker
+from workers import Worker, spread
 
 from zipmoe import _core
 from zipmoe.packed import collapse, stretch
@@ -166,14 +165,6 @@ class Rounds:
 
     def ratios(self, name: str, other: str) -> list[float]:
         return [a / b for a, b in zip(self.rates[name], self.rates[other], strict=True)]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
 
 
 def measure(

@@ -212,7 +212,7 @@ def entropy(result: dict[str, Any]) -> Iterator[str]:
             [
                 row["sort"],
                 str(row["matrices"]),
-                spread(row["entropy_bits"], 2),
+                spread(row["entropy_bits"]),
                 *(f"{row['bits_a_weight'][name]:.2f}" for name in codecs),
             ]
             for row in result["sorts"]

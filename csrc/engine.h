@@ -70,7 +70,8 @@ class Engine : private EngineCall {
   // Self-attention of new tokens, from their states to what the layer adds to them:
   // y[batch, queries, output rows].
   void attend(const AttentionBlock& block, const AttentionCall& call, std::uint16_t* y);
-  // Both, with the norms before and the sums after them: what the layer makes of call.x.
+  // Both, with the norms before and the sums after them: what the layer makes of call.x, which may
+  // be y.
   void run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLayer& layer,
                  const AttentionCall& call, std::uint16_t* y);
   // One product of one expert, rounded to BF16.
@@ -133,6 +134,10 @@ class Engine : private EngineCall {
                       const AtWork& at_work);
   template <class AtWork>
   void multiply_outer(const AtWork& at_work);
+  template <class AtWork>
+  void keep_outer(const AtWork& at_work);
+  template <class AtWork>
+  void add_outer(const AtWork& at_work);
   void add_kept(std::uint64_t shared);
   Columns ask_for_experts(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
                           const Input& x);

@@ -324,16 +324,49 @@ void Engine::run_tasks(const ExpertCache& cache, std::uint64_t layer) {
   multiply_outer(at_work);
 }
 
-// The last products of the tasks: kept, or weighed and added to the totals of the tokens at once.
+// The last products of the tasks.
 template <class AtWork>
 void Engine::multiply_outer(const AtWork& at_work) {
+  if (kept_columns_ != 0)
+    keep_outer(at_work);
+  else
+    add_outer(at_work);
+}
+
+// Kept: a piece is of one task, long enough that its first reads, which nobody has asked memory for
+// beforehand, do not count.
+template <class AtWork>
+void Engine::keep_outer(const AtWork& at_work) {
+  std::uint64_t pieces = 0;
+  for (GatedTask& task : tasks_) {
+    const PackedMatrix& down = *task.matrices.down;
+    task.grain = piece_rows(down.row_unit(), down.columns(), task.inner.count);
+    task.end = pieces += (width_ + task.grain - 1) / task.grain;
+  }
+  auto* kept = reinterpret_cast<float*>(kept_.data());
+  pool_->run(pieces, 1, [&](unsigned thread, std::uint64_t piece, std::uint64_t) {
+    std::size_t t = 0;
+    while (piece >= tasks_[t].end) ++t;
+    const GatedTask& task = tasks_[t];
+    const std::uint64_t begin = (piece - (t == 0 ? 0 : tasks_[t - 1].end)) * task.grain;
+    const std::uint64_t end = std::min(begin + task.grain, width_);
+    at_work(task, task.last_matrix(), [&] {
+      multipliers_[thread]->rows(*task.matrices.down, begin, end, task.inner,
+                                 kept + task.place * width_ + begin,
+                                 static_cast<std::ptrdiff_t>(width_));
+    });
+  });
+}
+
+// Weighed and added to the totals of the tokens at once.
+template <class AtWork>
+void Engine::add_outer(const AtWork& at_work) {
   std::uint64_t unit = 1, weights = 0;
   for (const GatedTask& task : tasks_) {
     unit = std::lcm(unit, task.matrices.down->row_unit());
     weights += task.matrices.down->columns();
   }
   auto* total = reinterpret_cast<float*>(total_.data());
-  auto* kept = kept_columns_ == 0 ? nullptr : reinterpret_cast<float*>(kept_.data());
   pool_->run(width_, piece_rows(unit, weights, 1),
              [&](unsigned thread, std::uint64_t begin, std::uint64_t end) {
                Multiplier& multiplier = *multipliers_[thread];
@@ -345,12 +378,9 @@ void Engine::multiply_outer(const AtWork& at_work) {
                                    static_cast<std::ptrdiff_t>(rows));
                  });
                  for (std::uint32_t c = 0; c < task.inner.count; ++c) {
-                   const float* from = values + c * rows;
                    const Visit& visit = task.visits[c];
-                   if (kept != nullptr)
-                     std::copy_n(from, rows, kept + (task.place + c) * width_ + begin);
-                   else
-                     dot_.weigh(from, rows, visit.weight, total + visit.token * width_ + begin);
+                   dot_.weigh(values + c * rows, rows, visit.weight,
+                              total + visit.token * width_ + begin);
                  }
                }
              });

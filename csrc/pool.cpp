@@ -23,6 +23,14 @@ constexpr std::uint32_t kClosed = std::numeric_limits<std::uint32_t>::max();
 
 std::uint32_t number_of(std::uint64_t claim) { return static_cast<std::uint32_t>(claim >> 32); }
 
+std::uint64_t claim_of(std::uint32_t number, std::uint64_t piece) {
+  return std::uint64_t{number} << 32 | piece;
+}
+
+std::uint64_t num_pieces(std::uint64_t count, std::uint64_t grain) {
+  return (count - 1) / grain + 1;
+}
+
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -53,7 +61,8 @@ unsigned num_allowed_processors() {
 
 }  // namespace
 
-WorkerPool::WorkerPool(unsigned threads) : claim_(kClosed) {
+WorkerPool::WorkerPool(unsigned threads) : shares_(std::max(threads, 1U)) {
+  for (Share& share : shares_) share.claim.store(kClosed, std::memory_order_relaxed);
   for (unsigned thread = 1; thread < threads; ++thread)
     workers_.emplace_back([this, thread] { worker(thread); });
 }
@@ -69,7 +78,7 @@ WorkerPool::~WorkerPool() {
 void WorkerPool::run_job(const Job& job) {
   if (job.count == 0) return;
   const std::lock_guard one(callers_);
-  const std::uint64_t pieces = (job.count - 1) / job.grain + 1;
+  const std::uint64_t pieces = num_pieces(job.count, job.grain);
   if (workers_.empty() || pieces == 1) {
     for (std::uint64_t begin = 0; begin < job.count; begin += job.grain)
       job.call(job.work, 0, begin, std::min(begin + job.grain, job.count));
@@ -83,8 +92,10 @@ void WorkerPool::run_job(const Job& job) {
   done_.store(0, std::memory_order_relaxed);
   failed_.store(false, std::memory_order_relaxed);
   failure_ = nullptr;
-  const std::uint32_t number = number_of(claim_.load(std::memory_order_relaxed)) + 1;
-  claim_.store(std::uint64_t{number} << 32, std::memory_order_seq_cst);
+  const std::uint32_t number = number_of(shares_[0].claim.load(std::memory_order_relaxed)) + 1;
+  for (std::size_t share = 0; share < shares_.size(); ++share)
+    shares_[share].claim.store(claim_of(number, pieces * share / shares_.size()),
+                               std::memory_order_seq_cst);
   if (num_sleeping_.load(std::memory_order_seq_cst) != 0) {
     {
       const std::lock_guard lock(mutex_);
@@ -93,26 +104,32 @@ void WorkerPool::run_job(const Job& job) {
   }
   work_on(number, 0);
   await_pieces(static_cast<std::uint32_t>(pieces));
-  claim_.store(std::uint64_t{number} << 32 | kClosed, std::memory_order_release);
+  for (Share& share : shares_)
+    share.claim.store(claim_of(number, kClosed), std::memory_order_release);
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void WorkerPool::work_on(std::uint32_t number, unsigned thread) noexcept {
-  std::uint64_t claim = claim_.load(std::memory_order_acquire);
+  const auto shares = static_cast<unsigned>(shares_.size());
+  for (unsigned k = 0; k < shares; ++k) work_on_share(number, thread, (thread + k) % shares);
+}
+
+void WorkerPool::work_on_share(std::uint32_t number, unsigned thread, unsigned share) noexcept {
+  std::atomic<std::uint64_t>& next = shares_[share].claim;
+  std::uint64_t claim = next.load(std::memory_order_acquire);
   for (;;) {
     const auto piece = static_cast<std::uint32_t>(claim);
     if (number_of(claim) != number || piece == kClosed) return;
     const Job job{call_.load(std::memory_order_relaxed), work_.load(std::memory_order_relaxed),
                   count_.load(std::memory_order_relaxed), grain_.load(std::memory_order_relaxed)};
-    const std::uint64_t begin = piece * job.grain;
-    if (begin >= job.count) return;
-    if (!claim_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel,
-                                      std::memory_order_acquire))
+    if (piece >= num_pieces(job.count, job.grain) * (share + 1) / shares_.size()) return;
+    if (!next.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel,
+                                    std::memory_order_acquire))
       continue;
-    run_piece(job, thread, begin);
+    run_piece(job, thread, piece * job.grain);
     done_.fetch_add(1, std::memory_order_release);
     done_.notify_one();
-    claim = claim_.load(std::memory_order_acquire);
+    claim = next.load(std::memory_order_acquire);
   }
 }
 
@@ -136,14 +153,15 @@ void WorkerPool::await_pieces(std::uint32_t pieces) {
 }
 
 void WorkerPool::worker(unsigned thread) noexcept {
-  for (std::optional<std::uint32_t> number = 0; (number = await_job(*number));)
+  for (std::optional<std::uint32_t> number = 0; (number = await_job(*number, thread));)
     work_on(*number, thread);
 }
 
-std::optional<std::uint32_t> WorkerPool::await_job(std::uint32_t seen) {
+std::optional<std::uint32_t> WorkerPool::await_job(std::uint32_t seen, unsigned thread) {
+  const std::atomic<std::uint64_t>& claim = shares_[thread].claim;
   std::uint32_t number = seen;
   const auto is_over = [&] {
-    number = number_of(claim_.load(std::memory_order_seq_cst));
+    number = number_of(claim.load(std::memory_order_seq_cst));
     return number != seen || ends_.load(std::memory_order_seq_cst);
   };
   if (!spin(is_over)) {

@@ -1,8 +1,10 @@
 // The threads that multiply. The caller is one of them, so a pool of one has no threads at all.
 //
 // Between the calls of one step workers spin, for at most kSpin: waking a sleeping thread takes
-// longer than many a product. After that they sleep. Work is handed out in pieces as threads become
-// free; which thread computes a piece never changes a result, because every output belongs to one
+// longer than many a product. After that they sleep. Work is cut into pieces, and each thread has a
+// share of pieces that follow each other: kernels ask memory for what lies behind what they read,
+// and that is then their own next piece. A thread that is done with its share goes on with those of
+// others; which thread computes a piece never changes a result, because every output belongs to one
 // piece. A caller waits for pieces, not for workers: one whose processor does something else, or
 // that has yet to wake, holds nobody up unless it holds a piece.
 #pragma once
@@ -53,21 +55,26 @@ class WorkerPool {
 
   void run_job(const Job& job);
   void work_on(std::uint32_t number, unsigned thread) noexcept;
+  void work_on_share(std::uint32_t number, unsigned thread, unsigned share) noexcept;
   void run_piece(const Job& job, unsigned thread, std::uint64_t begin) noexcept;
   void await_pieces(std::uint32_t pieces);
   void worker(unsigned thread) noexcept;
   // The number of a job after `seen`; nothing when the pool ends.
-  std::optional<std::uint32_t> await_job(std::uint32_t seen);
+  std::optional<std::uint32_t> await_job(std::uint32_t seen, unsigned thread);
 
   std::mutex callers_;  // one job at a time
 
-  // The latest job. Written while `claim_` says that there is none to be had.
+  // The latest job. Written while all shares say that there is none to be had.
   std::atomic<void (*)(const void*, unsigned, std::uint64_t, std::uint64_t)> call_ = nullptr;
   std::atomic<const void*> work_ = nullptr;
   std::atomic<std::uint64_t> count_ = 0, grain_ = 1;
-  // Its number, and below it the next piece that nobody has taken, or kClosed. A piece is taken by
-  // raising it, which fails if the job has changed: then what was read of the job is forgotten.
-  alignas(64) std::atomic<std::uint64_t> claim_;
+  // The job's number, and below it the next piece of the share that nobody has taken, or kClosed. A
+  // piece is taken by raising it, which fails if the job has changed: then what was read of the job
+  // is forgotten.
+  struct alignas(64) Share {
+    std::atomic<std::uint64_t> claim;
+  };
+  std::vector<Share> shares_;                        // of each thread
   alignas(64) std::atomic<std::uint32_t> done_ = 0;  // pieces
   alignas(64) std::atomic<unsigned> num_sleeping_ = 0;
   std::atomic<bool> failed_ = false;

@@ -101,6 +101,18 @@ def test_a_product_is_the_same_from_every_codec_and_number_of_threads(
             assert np.array_equal(multiply(engine, matrix, x[-count:]), whole[-count:])
 
 
+@pytest.mark.parametrize("threads", [3, 5])
+def test_each_piece_is_computed_once_however_many_threads_share_them(threads: int) -> None:
+    """Fewer pieces than threads, as many, shares of unequal size, and pieces left for others."""
+    rng = np.random.default_rng(threads)
+    shared, alone = _core.Engine(threads=threads), _core.Engine(threads=1)
+    for rows in (1, 31, 32, 33, 64, 96, 128, 160, 161, 1000, 4099):
+        matrix, x = packed("rank3", gaussian(rng, rows, 600)), gaussian(rng, 1, 600)
+        expected = multiply(alone, matrix, x)
+        for _ in range(20):  # whoever comes first
+            assert np.array_equal(multiply(shared, matrix, x), expected)
+
+
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 700),

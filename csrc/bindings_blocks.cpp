@@ -2,8 +2,10 @@
 // gives their addresses (zipmoe.blocks).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <span>
@@ -58,6 +60,12 @@ Projection projection_of(HeldAttention& held, const BiasedMatrix& part) {
 
 using HeldLayer = Held<DecoderLayer>;
 
+// Layers that follow each other, and the numbers of their experts.
+struct HeldLayers {
+  std::vector<std::pair<const DecoderLayer*, std::uint64_t>> layers;
+  std::vector<nb::object> parts;
+};
+
 // What Python knows of the new tokens and of the cache: see AttentionCall.
 using Step = std::tuple<std::uint64_t, std::uint64_t, Tensor, Tensor, std::uint32_t, Address, bool,
                         std::optional<Mask>>;
@@ -65,11 +73,17 @@ using Step = std::tuple<std::uint64_t, std::uint64_t, Tensor, Tensor, std::uint3
 // Python writes them as rows of seven int64.
 static_assert(sizeof(CachedTokens) == 7 * sizeof(std::int64_t));
 
-AttentionCall call_of(Address x, const Step& step) {
-  const auto& [batch, queries, cos, sin, rotated, caches, causal, mask] = step;
+std::span<const CachedTokens> cached_at(Address caches, std::uint64_t batch,
+                                        std::uint64_t queries) {
   const std::span cached(at<const CachedTokens>(caches), batch);
   for (const CachedTokens& tokens : cached)
     if (tokens.count < queries) throw std::invalid_argument("a cache without the new tokens");
+  return cached;
+}
+
+AttentionCall call_of(Address x, const Step& step) {
+  const auto& [batch, queries, cos, sin, rotated, caches, causal, mask] = step;
+  const auto cached = cached_at(caches, batch, queries);
   return {batch,
           queries,
           at<const std::uint16_t>(x),
@@ -225,10 +239,42 @@ static void bind_layer(nb::module_& m) {
           "engine"_a, "cache"_a, "number"_a, "x"_a, "out"_a, "step"_a);
 }
 
+static void bind_layers(nb::module_& m) {
+  nb::class_<HeldLayers>(m, "DecoderLayers")
+      .def(
+          "__init__",
+          [](HeldLayers* self, const std::vector<std::pair<nb::object, std::uint64_t>>& layers) {
+            HeldLayers held;
+            for (const auto& [layer, number] : layers) {
+              held.layers.emplace_back(&nb::cast<const HeldLayer&>(layer).block, number);
+              held.parts.push_back(layer);
+            }
+            new (self) HeldLayers(std::move(held));
+          },
+          "layers"_a)
+      .def(
+          "run",
+          [](const HeldLayers& self, Engine& engine, const CacheHandle& cache, Address x,
+             Address out, const Step& step, const std::vector<Address>& places) {
+            if (places.size() != self.layers.size())
+              throw std::invalid_argument("not one cache for each layer");
+            AttentionCall call = call_of(x, step);
+            const nb::gil_scoped_release release;
+            for (std::size_t n = 0; n < places.size(); ++n) {
+              call.cached = cached_at(places[n], call.batch, call.queries);
+              const auto& [layer, number] = self.layers[n];
+              engine.run_layer(*cache.get(), number, *layer, call, at<std::uint16_t>(out));
+              call.x = at<const std::uint16_t>(out);
+            }
+          },
+          "engine"_a, "cache"_a, "x"_a, "out"_a, "step"_a, "places"_a);
+}
+
 void bind_blocks(nb::module_& m) {
   bind_attention_block(m);
   bind_moe_block(m);
   bind_layer(m);
+  bind_layers(m);
 }
 
 }  // namespace zipmoe

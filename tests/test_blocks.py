@@ -18,6 +18,7 @@ from zipmoe import _core
 from zipmoe._forwards import ATTENTIONS, LAYERS, MOE_BLOCKS, ROUTERS, fingerprint
 from zipmoe._native_block import NativeBlock
 from zipmoe.blocks import NativeAttention, NativeMoe
+from zipmoe.decoder import NativeDecoder
 from zipmoe.kv import GrowingLayer
 from zipmoe.layers import NativeLayer
 
@@ -37,7 +38,7 @@ def part_by_part(model: nn.Module, kind: type[Any], ids: torch.Tensor) -> torch.
     kept = [
         (block, block.native)
         for block in blocks(model, NativeBlock)
-        if isinstance(block, kind | NativeLayer)
+        if isinstance(block, kind | NativeLayer | NativeDecoder)
     ]
     for block, _ in kept:
         block.native = None

@@ -583,3 +583,12 @@ class DecoderLayer:
         self, engine: Engine, cache: ExpertCache, number: int, x: int, out: int, step: _Step
     ) -> None:
         """BF16 x and out [batch, queries, hidden], without gaps, not the same memory."""
+
+class DecoderLayers:
+    """Layers one after the other, run in one call. layers: with the numbers of their experts."""
+
+    def __init__(self, layers: list[tuple[DecoderLayer, int]]) -> None: ...
+    def run(
+        self, engine: Engine, cache: ExpertCache, x: int, out: int, step: _Step, places: list[int]
+    ) -> None:
+        """As `DecoderLayer.run`; places: where the cache of each layer is described."""

@@ -2,8 +2,8 @@
 
 A module may be run in another way only if its code is known word for word, with the functions of
 its own file that it calls. `fingerprint` makes one name of that; `ATTENTIONS`, `MOE_BLOCKS`,
-`LAYERS` and `ROUTERS` say what each known one computes. An unknown one runs as transformers wrote
-it.
+`LAYERS`, `DECODERS` and `ROUTERS` say what each known one computes. An unknown one runs as
+transformers wrote it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from zipmoe._core import GroupScore, RouterScore
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ATTENTIONS", "LAYERS", "MOE_BLOCKS", "ROUTERS", "MoeForward", "fingerprint"]
+__all__ = [
+    "ATTENTIONS",
+    "DECODERS",
+    "LAYERS",
+    "MOE_BLOCKS",
+    "ROUTERS",
+    "MoeForward",
+    "fingerprint",
+]
 
 _DIGITS = 16
 
@@ -107,6 +115,15 @@ MOE_BLOCKS = {
 LAYERS = {
     "f634ba73a07f0b8d",  # Qwen2MoeDecoderLayer, and those of thirty others
     "4956a53a8ffe1928",  # MixtralDecoderLayer
+}
+
+
+# embed_tokens; rotary_emb of the positions; each of the layers; norm. Whether all layers, by the
+# configuration, show a token the whole sequence before it.
+DECODERS: dict[str, Callable[[Any], bool]] = {
+    "d55a8e340fae3cb8": lambda _: True,  # OlmoeModel, Glm4MoeModel
+    "9cd1bbe5c0e4010f": lambda config: config.sliding_window is None,  # MixtralModel, Qwen3MoeModel
+    "3a923e0e528b0f68": lambda config: {*config.layer_types} == {"full_attention"},  # Qwen2MoeModel
 }
 
 

@@ -61,7 +61,8 @@ class NativeBlock(nn.Module):
         looked_at: whether hooks that only look at what a part gives may be there.
         """
         for modules, name, part, weight in self._parts:
-            if modules.get(name) is not part or part.__dict__.get("weight") is not weight:
+            own = part.__dict__
+            if modules.get(name) is not part or own.get("weight") is not weight or "forward" in own:
                 return False
             if (part._forward_hooks or part._forward_pre_hooks) and not (
                 looked_at and _only_looked_at(part)
@@ -91,6 +92,11 @@ def takes(x: torch.Tensor) -> bool:
 
 @functools.cache
 def _class_of(kind: Any, native: Any) -> Any:
+    # Not at import, as in zipmoe._quantizer.validate_environment.
+    from transformers import PreTrainedModel  # noqa: PLC0415
+
+    if issubclass(kind, PreTrainedModel):  # transformers finds what it knows of one by its name
+        return type(kind.__name__, (native, kind), {"__module__": kind.__module__})
     return type(f"Native{kind.__name__}", (native, kind), {"__module__": __name__})
 
 

@@ -23,10 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from zipmoe import _core, attention, budget, hardware, kv, packed, tiers
 from zipmoe._errors import BudgetError, MismatchError, ZipmoeError
 from zipmoe._skeleton import Skeleton, bind_skeleton
+from zipmoe.decoder import replace_blocks
 from zipmoe.dense import PADDING, DenseFile
 from zipmoe.experts import IMPLEMENTATION, experts_forward
 from zipmoe.gated import replace_gated
-from zipmoe.layers import replace_blocks
 from zipmoe.lending import Lending
 from zipmoe.norm import replace_norms
 from zipmoe.pressure import Watch

@@ -24,10 +24,13 @@ from zipmoe.norm import RMSNorm
 __all__ = [
     "NativeAttention",
     "NativeMoe",
+    "asks_more",
     "experts_of",
     "native_attention",
     "native_moe",
     "norm_rule",
+    "placing_layer",
+    "rotations_of",
 ]
 
 
@@ -76,16 +79,12 @@ class NativeAttention(NativeBlock):
 
         Returns what the core must know of them, None where it cannot do it.
         """
-        layer = _placing_layer(cache, self.layer_idx)
-        if (
-            layer is None
-            or _asks_more(kwargs)
-            or self.config._attn_implementation != attention.IMPLEMENTATION
-        ):
+        layer = placing_layer(cache, self.layer_idx)
+        if layer is None or asks_more(kwargs) or not self.is_chosen():
             return None
         batch, queries, _ = x.shape
         heads, kv_heads, width, _ = self.heads
-        rotations = _rotations(embeddings, batch, width)
+        rotations = rotations_of(embeddings, batch, width)
         is_causal = mask is None and queries > 1
         if (
             rotations is None
@@ -98,13 +97,19 @@ class NativeAttention(NativeBlock):
             mask = attention.mask_strides(mask, (batch, heads, queries, layer.get_seq_length()))
         return batch, queries, *rotations, at, is_causal, mask
 
+    def is_chosen(self) -> bool:
+        """Tell whether the model's attention is still to be run by zipmoe."""
+        chosen: bool = self.config._attn_implementation == attention.IMPLEMENTATION
+        return chosen
+
 
 def _is_mask_of(mask: torch.Tensor, layer: GrowingLayer | SharedLayer) -> bool:
     """Tell whether the core can use a mask: sequences of a shared step have no common columns."""
     return type(layer) is GrowingLayer and mask.dim() == 4 and mask.dtype in attention.MASK_TYPES
 
 
-def _placing_layer(cache: Any, number: int) -> GrowingLayer | SharedLayer | None:
+def placing_layer(cache: Any, number: int) -> GrowingLayer | SharedLayer | None:
+    """Return the layer of a cache if the core can put keys and values into it."""
     layers = getattr(cache, "layers", ())
     layer = layers[number] if number < len(layers) else None
     if type(layer) is SharedLayer:
@@ -116,14 +121,15 @@ def _placing_layer(cache: Any, number: int) -> GrowingLayer | SharedLayer | None
     return layer
 
 
-def _asks_more(kwargs: dict[str, Any]) -> bool:
+def asks_more(kwargs: dict[str, Any]) -> bool:
+    """Tell whether arguments of a block ask for something else than its states."""
     return any(
         value is not None and value is not False and name not in attention.IRRELEVANT
         for name, value in kwargs.items()
     )
 
 
-def _rotations(embeddings: Any, batch: int, width: int) -> Any:
+def rotations_of(embeddings: Any, batch: int, width: int) -> Any:
     """Address and strides [batch, -, query] of cosines and sines, and how many words they turn."""
     if embeddings is None:
         return None

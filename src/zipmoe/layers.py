@@ -1,33 +1,18 @@
-"""Decoder layers in one call of the engine, or their halves, where their code is known.
-
-`replace_blocks` is the door: it puts native modules in the places of attention, MoE blocks and
-whole layers. docs/decisions/0011-blocks-in-one-call.md says how they are known.
-"""
+"""Decoder layers in one call of the engine each, where their code and their halves are known."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from zipmoe import _core
 from zipmoe._forwards import LAYERS, fingerprint
 from zipmoe._native_block import NativeBlock, in_place_of, takes
-from zipmoe.blocks import (
-    NativeAttention,
-    NativeMoe,
-    experts_of,
-    native_attention,
-    native_moe,
-    norm_rule,
-)
+from zipmoe.blocks import NativeAttention, NativeMoe, norm_rule
 from zipmoe.norm import RMSNorm
 
-if TYPE_CHECKING:
-    from torch import nn
-
-__all__ = ["NativeLayer", "replace_blocks"]
+__all__ = ["NativeLayer", "native_layer"]
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -69,44 +54,8 @@ class NativeLayer(NativeBlock):
         )
 
 
-def replace_blocks(
-    model: nn.Module, *, lookahead: bool = True
-) -> tuple[list[NativeBlock], list[nn.Module]]:
-    """Put native modules in the places of what can be run in one call.
-
-    Norms and gated blocks must have been replaced before. With lookahead, each layer asks the next
-    one's router beforehand. Returns the new modules, and attentions and MoE blocks that run part by
-    part.
-    """
-    replaced: list[NativeBlock] = []
-    left: list[nn.Module] = []
-    for name, module in list(model.named_modules()):
-        is_attention = type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
-        if not is_attention and experts_of(module) is None:
-            continue
-        native = native_attention(module) if is_attention else native_moe(module)
-        if native is None:
-            left.append(module)
-        else:
-            _put(model, name, native)
-            replaced.append(native)
-    layers: list[NativeLayer] = []
-    for name, module in list(model.named_modules()):
-        layer = _native_layer(module)
-        if layer is not None:
-            _put(model, name, layer)
-            layers.append(layer)
-    for layer, following in pairwise(layers) if lookahead else ():
-        layer.native.followed_by(following.native, following.mlp.layer)
-    return [*replaced, *layers], left
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
-
-
-def _native_layer(module: Any) -> NativeLayer | None:
+def native_layer(module: Any) -> NativeLayer | None:
+    """Make the native form of a layer; None where its code or its parts are not known."""
     if fingerprint(type(module)) not in LAYERS:
         return None
     norms, attention, moe = (

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import build
 from typer.testing import CliRunner
 
-from zipmoe import _terminal, cli
+from zipmoe import _terminal
 from zipmoe._errors import BudgetError, CorruptError, FetchError, MismatchError, SpaceError
 from zipmoe.cli import app
 
@@ -72,22 +72,6 @@ def test_help_of_a_command_gives_an_example_and_explains_every_option(command):
         name, _, help_text = option.strip().partition("  ")
         below = lines[at[option] + 1] if at[option] + 1 < len(lines) else ""
         assert help_text.strip() or below.startswith("   "), name
-
-
-def test_the_command_has_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch):
-    for set_by_user, in_force in [(None, "passive"), ("active", "active")]:
-        with monkeypatch.context() as patch:
-            patch.setattr("sys.argv", ["zipmoe", "--version"])
-            patch.setenv("TRANSFORMERS_VERBOSITY", "error")
-            patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-            patch.delenv("OMP_WAIT_POLICY", raising=False)
-            if set_by_user:
-                patch.setenv("OMP_WAIT_POLICY", set_by_user)
-            with pytest.raises(SystemExit) as left:
-                cli.main()
-            assert not left.value.code
-            assert os.environ["OMP_WAIT_POLICY"] == in_force
-            patch.setenv("OMP_WAIT_POLICY", in_force)  # so that leaving the context restores it
 
 
 def test_version_is_the_package_s():

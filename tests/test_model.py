@@ -67,6 +67,15 @@ def test_importing_zipmoe_is_enough_and_imports_neither_torch_nor_transformers(s
     assert done.stdout.split() == ["MixtralForCausalLM", "True"], done.stderr
 
 
+@pytest.mark.parametrize("own", [None, "active"])
+def test_torch_s_threads_sleep_between_operators_unless_somebody_wants_them_awake(own):
+    code = "import os, zipmoe; print(os.environ['OMP_WAIT_POLICY'])"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {} if own is None else {"OMP_WAIT_POLICY": own}
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, check=True)
+    assert done.stdout.decode().strip() == (own or "passive")
+
+
 def test_from_pretrained_and_load_give_stock_bits(store):
     stock = AutoModelForCausalLM.from_pretrained(store.parent / "checkpoint", dtype="auto")
     expected = answers(stock, new_tokens=6)

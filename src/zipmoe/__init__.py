@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from zipmoe.model import Loaded, load
     from zipmoe.pack import pack_checkpoint
     from zipmoe.unpack import unpack_store
+
+# For torch, which reads it when it is imported: its threads would wait by spinning, and take the
+# cores from those that multiply, a seventh of the speed of a token.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 

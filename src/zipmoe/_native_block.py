@@ -9,7 +9,7 @@ has changed or hooked).
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -54,6 +54,15 @@ class NativeBlock(nn.Module):
     def close(self) -> None:
         """Give back the weights."""
         self.native = None
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError("a model loaded by zipmoe cannot be copied: its weights are packed")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a model loaded by zipmoe cannot be pickled or saved: its weights are packed; "
+            "`zipmoe unpack` restores the checkpoint"
+        )
 
     def is_intact(self, *, looked_at: bool = True) -> bool:
         """Tell whether the parts are still those that the core's block was made of.

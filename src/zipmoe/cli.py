@@ -410,8 +410,6 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """Run the command line of this process."""
-    # Before torch is imported: threads that wait by spinning take the cores from those that decode.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

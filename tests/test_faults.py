@@ -15,7 +15,7 @@ from faulty_drive import KINDS, faulty_drive
 from synthetic_shards import skipping_without_io_uring
 
 import zipmoe
-from zipmoe import _core, layers
+from zipmoe import _core
 from zipmoe._errors import FetchError
 from zipmoe.store import open_store
 
@@ -42,10 +42,7 @@ class Model:
     """A loaded model whose expert cache can be replaced."""
 
     def __init__(self, folder, *, looks_ahead):
-        with pytest.MonkeyPatch.context() as patch:
-            if not looks_ahead:
-                patch.setattr(layers, "pairwise", lambda _: [])
-            self.loaded = zipmoe.load(folder, memory="64GB", context=200)
+        self.loaded = zipmoe.load(folder, memory="64GB", context=200, lookahead=looks_ahead)
         self.looks_ahead = looks_ahead
         with open_store(Path(folder)) as store:
             self.paths, self.table = store.expert_table()

@@ -103,6 +103,8 @@ class Engine : private EngineCall {
   void give_way();
   void give_way(ExpertCache& cache, std::uint64_t layer);
 
+  template <class Work>
+  void run_pieces(std::span<Cut> cuts, const Work& work);
   template <std::size_t kMatrices, class Keep>
   void products(const std::array<const PackedMatrix*, kMatrices>& matrices, const Columns& x,
                 const Keep& keep);
@@ -130,8 +132,8 @@ class Engine : private EngineCall {
   template <class AtWork>
   void multiply_inner(std::span<GatedTask> tasks, const AtWork& at_work);
   template <class AtWork>
-  void multiply_piece(Multiplier& multiplier, const GatedTask& task, std::uint64_t piece,
-                      const AtWork& at_work);
+  void multiply_piece(Multiplier& multiplier, const GatedTask& task, std::uint64_t begin,
+                      std::uint64_t end, const AtWork& at_work);
   template <class AtWork>
   void multiply_outer(const AtWork& at_work);
   template <class AtWork>

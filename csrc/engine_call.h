@@ -33,12 +33,15 @@ class EngineCall {
     Columns x{};
     bool is_routed = false;
     std::uint64_t place = 0;  // of its first column among all of the call
-    // Set by multiply_inner: what the last matrix is multiplied with, and how the work is cut.
+    // Set by multiply_inner: what the last matrix is multiplied with.
     Columns inner{};
     std::uint16_t* out = nullptr;
-    std::uint64_t grain = 0, end = 0;
 
     [[nodiscard]] std::size_t last_matrix() const { return matrices.gate == nullptr ? 1 : 2; }
+  };
+  // Rows that are cut into pieces of work. end: of their pieces among those of all that are cut.
+  struct Cut {
+    std::uint64_t rows, grain, end = 0;
   };
   // An expert in use, and its matrices.
   struct Held {
@@ -55,6 +58,7 @@ class EngineCall {
   std::vector<float> weights_;  // of the chosen
   std::vector<Visit> shared_visits_;
   std::vector<GatedTask> tasks_;
+  std::vector<Cut> cuts_;   // of tasks
   std::vector<Held> held_;  // of the tasks: never more than kTasksTogether, which it has room for
   std::vector<std::span<const Visit>> pending_;  // experts of the call that are no tasks yet
   std::uint64_t width_ = 0;                      // of what experts give

@@ -337,19 +337,14 @@ void Engine::multiply_outer(const AtWork& at_work) {
 // beforehand, do not count.
 template <class AtWork>
 void Engine::keep_outer(const AtWork& at_work) {
-  std::uint64_t pieces = 0;
-  for (GatedTask& task : tasks_) {
+  cuts_.clear();
+  for (const GatedTask& task : tasks_) {
     const PackedMatrix& down = *task.matrices.down;
-    task.grain = piece_rows(down.row_unit(), down.columns(), task.inner.count);
-    task.end = pieces += (width_ + task.grain - 1) / task.grain;
+    cuts_.push_back({width_, piece_rows(down.row_unit(), down.columns(), task.inner.count)});
   }
   auto* kept = reinterpret_cast<float*>(kept_.data());
-  pool_->run(pieces, 1, [&](unsigned thread, std::uint64_t piece, std::uint64_t) {
-    std::size_t t = 0;
-    while (piece >= tasks_[t].end) ++t;
+  run_pieces(cuts_, [&](unsigned thread, std::size_t t, std::uint64_t begin, std::uint64_t end) {
     const GatedTask& task = tasks_[t];
-    const std::uint64_t begin = (piece - (t == 0 ? 0 : tasks_[t - 1].end)) * task.grain;
-    const std::uint64_t end = std::min(begin + task.grain, width_);
     at_work(task, task.last_matrix(), [&] {
       multipliers_[thread]->rows(*task.matrices.down, begin, end, task.inner,
                                  kept + task.place * width_ + begin,

@@ -41,34 +41,39 @@ inline std::uint64_t piece_rows(std::uint64_t unit, std::uint64_t weights, std::
   return ceil_to(std::max(kLeastRows, kPieceWeights / work), unit);
 }
 
+// Calls work(thread, which, begin, end) for the pieces of all that is cut, on all threads.
+template <class Work>
+void Engine::run_pieces(std::span<Cut> cuts, const Work& work) {
+  std::uint64_t pieces = 0;
+  for (Cut& cut : cuts) cut.end = pieces += (cut.rows + cut.grain - 1) / cut.grain;
+  pool_->run(pieces, 1, [&](unsigned thread, std::uint64_t piece, std::uint64_t) {
+    std::size_t which = 0;
+    while (piece >= cuts[which].end) ++which;
+    const Cut& cut = cuts[which];
+    const std::uint64_t begin = (piece - (which == 0 ? 0 : cuts[which - 1].end)) * cut.grain;
+    work(thread, which, begin, std::min(begin + cut.grain, cut.rows));
+  });
+}
+
 // Calls keep(which, values, begin, rows, column) for the products of each piece of rows of one of
 // the matrices, which share the columns.
 template <std::size_t kMatrices, class Keep>
 void Engine::products(const std::array<const PackedMatrix*, kMatrices>& matrices, const Columns& x,
                       const Keep& keep) {
-  std::array<std::uint64_t, kMatrices> grains, ends;
-  std::uint64_t pieces = 0;
+  std::array<Cut, kMatrices> cuts;
   for (std::size_t m = 0; m < kMatrices; ++m) {
     const PackedMatrix& matrix = *matrices[m];
     // A small matrix is shared by all threads too.
     const std::uint64_t share = (matrix.rows() + num_threads() - 1) / num_threads();
-    grains[m] = std::min(piece_rows(matrix.row_unit(), matrix.columns(), x.count),
-                         ceil_to(std::max(share, kLeastRows), matrix.row_unit()));
-    ends[m] = pieces += (matrix.rows() + grains[m] - 1) / grains[m];
+    cuts[m] = {matrix.rows(), std::min(piece_rows(matrix.row_unit(), matrix.columns(), x.count),
+                                       ceil_to(std::max(share, kLeastRows), matrix.row_unit()))};
   }
-  pool_->run(pieces, 1, [&](unsigned thread, std::uint64_t first, std::uint64_t last) {
+  run_pieces(cuts, [&](unsigned thread, std::size_t m, std::uint64_t begin, std::uint64_t end) {
     Multiplier& multiplier = *multipliers_[thread];
-    std::size_t m = 0;
-    for (std::uint64_t piece = first; piece < last; ++piece) {
-      while (piece >= ends[m]) ++m;
-      const PackedMatrix& matrix = *matrices[m];
-      const std::uint64_t begin = (piece - (m == 0 ? 0 : ends[m - 1])) * grains[m];
-      const std::uint64_t end = std::min(begin + grains[m], matrix.rows());
-      const std::uint64_t rows = end - begin;
-      float* values = multiplier.values(0, rows * x.count);
-      multiplier.rows(matrix, begin, end, x, values, static_cast<std::ptrdiff_t>(rows));
-      for (std::uint32_t c = 0; c < x.count; ++c) keep(m, values + c * rows, begin, rows, c);
-    }
+    const std::uint64_t rows = end - begin;
+    float* values = multiplier.values(0, rows * x.count);
+    multiplier.rows(*matrices[m], begin, end, x, values, static_cast<std::ptrdiff_t>(rows));
+    for (std::uint32_t c = 0; c < x.count; ++c) keep(m, values + c * rows, begin, rows, c);
   });
 }
 
@@ -84,14 +89,14 @@ void Engine::products(const PackedMatrix& matrix, const Columns& x, const Keep& 
 // at_work(task, matrix, work) for each piece of work.
 template <class AtWork>
 void Engine::multiply_inner(std::span<GatedTask> tasks, const AtWork& at_work) {
-  std::uint64_t size = 0, pieces = 0;
-  for (GatedTask& task : tasks) {
+  std::uint64_t size = 0;
+  cuts_.clear();
+  for (const GatedTask& task : tasks) {
     const PackedMatrix& up = *task.matrices.up;
     const PackedMatrix* gate = task.matrices.gate;
     const std::uint64_t unit =
         gate == nullptr ? up.row_unit() : std::lcm(up.row_unit(), gate->row_unit());
-    task.grain = piece_rows(unit, 2 * up.columns(), task.x.count);
-    task.end = pieces += (up.rows() + task.grain - 1) / task.grain;
+    cuts_.push_back({up.rows(), piece_rows(unit, 2 * up.columns(), task.x.count)});
     size += column_stride(up.rows()) * task.x.count;
   }
   auto* room = aligned_room<std::uint16_t>(inner_, size);
@@ -102,20 +107,15 @@ void Engine::multiply_inner(std::span<GatedTask> tasks, const AtWork& at_work) {
     for (std::uint32_t c = 0; c < task.x.count; ++c, room += padded)
       std::fill(room + rows, room + padded, std::uint16_t{0});
   }
-  pool_->run(pieces, 1, [&](unsigned thread, std::uint64_t piece, std::uint64_t) {
-    std::size_t t = 0;
-    while (piece >= tasks[t].end) ++t;
-    multiply_piece(*multipliers_[thread], tasks[t], piece - (t == 0 ? 0 : tasks[t - 1].end),
-                   at_work);
+  run_pieces(cuts_, [&](unsigned thread, std::size_t t, std::uint64_t begin, std::uint64_t end) {
+    multiply_piece(*multipliers_[thread], tasks[t], begin, end, at_work);
   });
 }
 
 template <class AtWork>
-void Engine::multiply_piece(Multiplier& multiplier, const GatedTask& task, std::uint64_t piece,
-                            const AtWork& at_work) {
+void Engine::multiply_piece(Multiplier& multiplier, const GatedTask& task, std::uint64_t begin,
+                            std::uint64_t end, const AtWork& at_work) {
   const PackedMatrix* gate = task.matrices.gate;
-  const std::uint64_t begin = piece * task.grain;
-  const std::uint64_t end = std::min(begin + task.grain, task.matrices.up->rows());
   const std::uint64_t n = end - begin, count = task.x.count;
   const auto multiply = [&](unsigned which, const PackedMatrix& matrix) {
     float* values = multiplier.values(which, n * count);

@@ -61,10 +61,7 @@ Projection projection_of(HeldAttention& held, const BiasedMatrix& part) {
 using HeldLayer = Held<DecoderLayer>;
 
 // Layers that follow each other, and the numbers of their experts.
-struct HeldLayers {
-  std::vector<std::pair<const DecoderLayer*, std::uint64_t>> layers;
-  std::vector<nb::object> parts;
-};
+using HeldLayers = Held<std::vector<std::pair<const DecoderLayer*, std::uint64_t>>>;
 
 // What Python knows of the new tokens and of the cache: see AttentionCall.
 using Step = std::tuple<std::uint64_t, std::uint64_t, Tensor, Tensor, std::uint32_t, Address, bool,
@@ -246,7 +243,7 @@ static void bind_layers(nb::module_& m) {
           [](HeldLayers* self, const std::vector<std::pair<nb::object, std::uint64_t>>& layers) {
             HeldLayers held;
             for (const auto& [layer, number] : layers) {
-              held.layers.emplace_back(&nb::cast<const HeldLayer&>(layer).block, number);
+              held.block.emplace_back(&nb::cast<const HeldLayer&>(layer).block, number);
               held.parts.push_back(layer);
             }
             new (self) HeldLayers(std::move(held));
@@ -255,19 +252,19 @@ static void bind_layers(nb::module_& m) {
       .def(
           "run",
           [](const HeldLayers& self, Engine& engine, const CacheHandle& cache, Address x,
-             Address out, const Step& step, const std::vector<Address>& places) {
-            if (places.size() != self.layers.size())
+             Address out, const Step& step, const std::vector<Address>& others) {
+            if (others.size() + 1 != self.block.size())
               throw std::invalid_argument("not one cache for each layer");
             AttentionCall call = call_of(x, step);
             const nb::gil_scoped_release release;
-            for (std::size_t n = 0; n < places.size(); ++n) {
-              call.cached = cached_at(places[n], call.batch, call.queries);
-              const auto& [layer, number] = self.layers[n];
+            for (std::size_t n = 0; n <= others.size(); ++n) {
+              if (n != 0) call.cached = cached_at(others[n - 1], call.batch, call.queries);
+              const auto& [layer, number] = self.block[n];
               engine.run_layer(*cache.get(), number, *layer, call, at<std::uint16_t>(out));
               call.x = at<const std::uint16_t>(out);
             }
           },
-          "engine"_a, "cache"_a, "x"_a, "out"_a, "step"_a, "places"_a);
+          "engine"_a, "cache"_a, "x"_a, "out"_a, "step"_a, "others"_a);
 }
 
 void bind_blocks(nb::module_& m) {

@@ -15,7 +15,7 @@ from transformers import StaticCache
 
 import zipmoe
 from zipmoe import _core
-from zipmoe._forwards import ATTENTIONS, LAYERS, MOE_BLOCKS, ROUTERS, fingerprint
+from zipmoe._forwards import ATTENTIONS, DECODERS, LAYERS, MOE_BLOCKS, ROUTERS, fingerprint
 from zipmoe._native_block import NativeBlock
 from zipmoe.blocks import NativeAttention, NativeMoe
 from zipmoe.decoder import NativeDecoder
@@ -272,7 +272,7 @@ def test_every_known_code_is_that_of_a_family_and_another_code_is_unknown() -> N
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         kinds = [kind for _, kind in inspect.getmembers(module, inspect.isclass)]
         known |= {fingerprint(kind) for kind in kinds if issubclass(kind, nn.Module)}
-    assert {*ATTENTIONS, *LAYERS, *MOE_BLOCKS, *ROUTERS} <= known
+    assert {*ATTENTIONS, *DECODERS, *LAYERS, *MOE_BLOCKS, *ROUTERS} <= known
 
     class Same(nn.Module):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

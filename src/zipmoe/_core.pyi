@@ -589,6 +589,6 @@ class DecoderLayers:
 
     def __init__(self, layers: list[tuple[DecoderLayer, int]]) -> None: ...
     def run(
-        self, engine: Engine, cache: ExpertCache, x: int, out: int, step: _Step, places: list[int]
+        self, engine: Engine, cache: ExpertCache, x: int, out: int, step: _Step, others: list[int]
     ) -> None:
-        """As `DecoderLayer.run`; places: where the cache of each layer is described."""
+        """As `DecoderLayer.run`; others: descriptions of the caches of layers after the first."""

@@ -30,7 +30,6 @@ __all__ = [
     "native_moe",
     "norm_rule",
     "placing_layer",
-    "rotations_of",
 ]
 
 
@@ -84,7 +83,7 @@ class NativeAttention(NativeBlock):
             return None
         batch, queries, _ = x.shape
         heads, kv_heads, width, _ = self.heads
-        rotations = rotations_of(embeddings, batch, width)
+        rotations = _rotations(embeddings, batch, width)
         is_causal = mask is None and queries > 1
         if (
             rotations is None
@@ -129,7 +128,7 @@ def asks_more(kwargs: dict[str, Any]) -> bool:
     )
 
 
-def rotations_of(embeddings: Any, batch: int, width: int) -> Any:
+def _rotations(embeddings: Any, batch: int, width: int) -> Any:
     """Address and strides [batch, -, query] of cosines and sines, and how many words they turn."""
     if embeddings is None:
         return None

@@ -22,7 +22,6 @@ from zipmoe.blocks import (
     native_attention,
     native_moe,
     placing_layer,
-    rotations_of,
 )
 from zipmoe.layers import NativeLayer, native_layer
 
@@ -49,7 +48,7 @@ class NativeDecoder(NativeBlock):
     does not count, and who gives up a sequence need not wait for its end.
     """
 
-    members: list[NativeLayer]
+    layers: Any
     embed_tokens: Any
     rotary_emb: Any
     norm: Any
@@ -89,29 +88,27 @@ class NativeDecoder(NativeBlock):
             or not self.is_intact(looked_at=False)
         ):
             return None
-        first = self.members[0]
-        found = [placing_layer(past_key_values, x.self_attn.layer_idx) for x in self.members]
+        layers: list[Any] = [*self.layers]
+        found = [placing_layer(past_key_values, layer.self_attn.layer_idx) for layer in layers]
         caches = [cache for cache in found if cache is not None]
-        if (
-            len(caches) != len(found)
-            or not first.self_attn.is_chosen()
-            or not first.mlp.is_chosen()
-        ):
+        half, moe = layers[0].self_attn, layers[0].mlp
+        if len(caches) != len(found) or not half.is_chosen() or not moe.is_chosen():
             return None
         x = self.embed_tokens(ids)
-        if position_ids is None:
-            position_ids = torch.arange(1).unsqueeze(0) + past_key_values.get_seq_length()
-        _, kv_heads, width, _ = first.self_attn.heads
-        embeddings = self.rotary_emb(x, position_ids)  # kept: the core is given addresses
-        rotations = rotations_of(embeddings, len(ids), width)
-        if rotations is None or not takes(x):
+        if not takes(x):
             return None
+        if position_ids is None:
+            position_ids = torch.tensor([[past_key_values.get_seq_length()]])
+        embeddings = self.rotary_emb(x, position_ids)  # kept: the core is given addresses
+        step = half.step(x, embeddings, None, past_key_values, {})
+        if step is None:
+            return None
+        _, kv_heads, width, _ = half.heads
+        others = [cache.place((len(ids), kv_heads, 1, width), x) for cache in caches[1:]]
         x = x.contiguous()
         out = torch.empty_like(x)
-        places = [cache.place((len(ids), kv_heads, 1, width), x) for cache in caches]
-        step = (len(ids), 1, *rotations, places[0], False, None)
-        source = first.mlp.source
-        self.native.run(source.engine, source.cache, x.data_ptr(), out.data_ptr(), step, places)
+        source = moe.source
+        self.native.run(source.engine, source.cache, x.data_ptr(), out.data_ptr(), step, others)
         return out
 
     def _asks_nothing(self, kwargs: dict[str, Any]) -> bool:
@@ -143,7 +140,6 @@ def native_decoder(module: Any) -> NativeDecoder | None:
     ):
         return None
     decoder: NativeDecoder = in_place_of(module, NativeDecoder)
-    decoder.members = layers
     native = _core.DecoderLayers([(layer.native, layer.mlp.layer) for layer in layers])
     decoder.made_of(native, ("layers",))
     return decoder

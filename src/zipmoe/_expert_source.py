@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from zipmoe._uncopied import Uncopied
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -136,13 +138,15 @@ class ExpertSource:
         return sum(rows * columns * dtype.itemsize for _, rows, columns, dtype in sizes)
 
 
-class ExpertMatrix:
+class ExpertMatrix(Uncopied):
     """Stands where a parameter [experts, ...] stood. Indexed by an expert, it decodes that expert.
 
     That is all that the forward passes of families outside transformers' experts interface ask of
     it. What they get is theirs to keep; the fast path of `experts_forward` uses shared buffers
     instead.
     """
+
+    _why_not = "its experts are not in memory"
 
     def __init__(
         self,
@@ -182,15 +186,6 @@ class ExpertMatrix:
 
     def __len__(self) -> int:
         return int(self.shape[0])
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise TypeError("a model loaded by zipmoe cannot be copied: its experts are not in memory")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            "a model loaded by zipmoe cannot be pickled or saved: its experts are not in memory; "
-            "`zipmoe unpack` restores the checkpoint"
-        )
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(

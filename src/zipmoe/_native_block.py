@@ -9,10 +9,12 @@ has changed or hooked).
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from zipmoe._uncopied import Uncopied
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +25,7 @@ __all__ = ["NativeBlock", "in_place_of", "takes"]
 _LOOKING = "transformers.utils.output_capturing"
 
 
-class NativeBlock(nn.Module):
+class NativeBlock(Uncopied, nn.Module):
     """What the native forms of both halves share: the core's block, and what it was made of."""
 
     native: Any = None  # None: it has been closed
@@ -54,15 +56,6 @@ class NativeBlock(nn.Module):
     def close(self) -> None:
         """Give back the weights."""
         self.native = None
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise TypeError("a model loaded by zipmoe cannot be copied: its weights are packed")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            "a model loaded by zipmoe cannot be pickled or saved: its weights are packed; "
-            "`zipmoe unpack` restores the checkpoint"
-        )
 
     def is_intact(self, *, looked_at: bool = True) -> bool:
         """Tell whether the parts are still those that the core's block was made of.

@@ -12,10 +12,12 @@ kernel depends on the number of rows, and a row's bits must not.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from zipmoe._uncopied import Uncopied
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,7 +30,7 @@ _COPIES = {Tensor.detach, Tensor.to, Tensor.type, Tensor.float, Tensor.double, T
 _COPYING = {copy.__name__ for copy in _COPIES}
 
 
-class PackedWeight:
+class PackedWeight(Uncopied):
     """A weight [rows, columns] in BF16, packed in memory once `matrix` is set.
 
     One object may stand in several places (tied embeddings).
@@ -152,15 +154,6 @@ class PackedWeight:
             raise AttributeError(name)
         is_method = callable(getattr(Tensor, name))
         return _Deferred(self, name) if is_method else getattr(self.to_dense(), name)
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise TypeError("a model loaded by zipmoe cannot be copied: its weights are packed")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            "a model loaded by zipmoe cannot be pickled or saved: its weights are packed; "
-            "`zipmoe unpack` restores the checkpoint"
-        )
 
 
 class _Deferred:

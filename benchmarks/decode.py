@@ -76,7 +76,7 @@ def open_zipmoe(files: Files, options: argparse.Namespace, shape: Shape) -> Work
     worker = Worker(
         "zipmoe",
         "engine_torch:ZipmoeEngine",
-        {"OMP_WAIT_POLICY": "passive"},  # as zipmoe's commands set it
+        {"OMP_WAIT_POLICY": "passive"},  # as `import zipmoe` sets it
         store=str(files.store),
         compute=options.compute,
         memory=options.memory,

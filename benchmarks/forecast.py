@@ -14,7 +14,6 @@ from the machine's rates alone, and as the other runs have shown it.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -157,7 +156,6 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as zipmoe's commands set it
     from zipmoe.hardware import profile  # noqa: PLC0415
 
     shape = Shape(layers=options.layers)

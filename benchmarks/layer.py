@@ -67,7 +67,7 @@ def open_arm(arm: str, files: Files, options: argparse.Namespace) -> Worker:
     worker = Worker(
         arm,
         "engine_torch:ZipmoeEngine",
-        {"OMP_WAIT_POLICY": "passive"},  # as zipmoe's commands set it
+        {"OMP_WAIT_POLICY": "passive"},  # as `import zipmoe` sets it
         store=str(files.store),
         compute=arm,
         memory=options.memory,

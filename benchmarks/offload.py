@@ -58,7 +58,7 @@ FRESH_BYTES = 1 << 30
 # Of a limit, what accelerate cannot have for weights: Python and torch, and a layer of experts
 # (1 GB) twice, while it is being read.
 ACCELERATE_TAKES = 2_600_000_000
-PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # as zipmoe's commands set it
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # as `import zipmoe` sets it
 
 
 Shares = tuple[float | None, ...]  # of the checkpoint's size; None: no limit

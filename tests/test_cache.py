@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_shards import CODEC_IDS, make_shards
+from waiting import until
 
 from zipmoe import _core
 from zipmoe._errors import BudgetError, CorruptError, FetchError, FormatError
@@ -182,10 +183,7 @@ def test_a_list_longer_than_the_cache_is_read_once_each(shards):
 
 
 def wait_until_read(cache, num_bytes):
-    deadline = time.monotonic() + 30
-    while cache.counters()["bytes_read"] < num_bytes:
-        assert time.monotonic() < deadline, "nothing is read"
-        time.sleep(0.002)
+    until(lambda: cache.counters()["bytes_read"] >= num_bytes, seconds=30)
     time.sleep(0.02)  # for what must not be read any more
     assert cache.counters()["bytes_read"] == num_bytes
 
@@ -281,12 +279,9 @@ def threads_and_files():
     return len(tasks), sorted(files)
 
 
-def ends_as(before, seconds=10):
+def check_all_is_freed(before):
     """The kernel takes threads that have ended, io_uring's own too, off its list a little later."""
-    until = time.monotonic() + seconds
-    while (now := threads_and_files()) != before and time.monotonic() < until:
-        time.sleep(0.001)
-    return now == before
+    until(lambda: threads_and_files() == before)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -297,7 +292,7 @@ def test_close_frees_threads_and_files_and_ends_all_calls(shards, reader):
     cache.prefetch(0, [0, 1, 2])
     cache.close()
     cache.close()
-    assert ends_as(before)
+    check_all_is_freed(before)
     assert cache.allocated_bytes == 0
     out = np.zeros_like(shards.weights[0, 0, 0])
     for call in (
@@ -314,7 +309,7 @@ def test_a_cache_that_is_dropped_frees_everything_too(shards):
     cache = shards.open()
     cache.prefetch(0, [0, 1, 2])
     del cache
-    assert ends_as(before)
+    check_all_is_freed(before)
 
 
 def table_error(shards, place, value):

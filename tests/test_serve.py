@@ -14,6 +14,7 @@ from small_store import write_store
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from serving import serving
+from waiting import until
 
 import zipmoe
 from zipmoe._errors import CorruptError, FetchError
@@ -57,13 +58,6 @@ def solo(store):
 
 def post(served, path="chat/completions", **fields):
     return httpx.post(f"{served.url}/v1/{path}", json=fields, timeout=60)
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
 
 
 def idle(served):

@@ -7,6 +7,7 @@ import time
 import pytest
 from serving import serving
 from small_store import write_store
+from waiting import until
 
 import zipmoe
 from zipmoe.generate import generate
@@ -46,13 +47,6 @@ def page(served):
         assert bad == []
     finally:
         driver.quit()
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
 
 
 def text(page, selector):

@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -13,6 +14,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "bindings.h"
@@ -44,7 +46,8 @@ using HeldMoe = Held<MoeBlock>;
 using BiasedMatrix = std::tuple<nb::object, Address>;
 // Kind, eps, width, address of the weight, whether that is FP32.
 using Norm = std::tuple<NormKind, float, std::uint32_t, Address, bool>;
-using ThreeMatrices = std::tuple<nb::object, nb::object, nb::object>;
+// Gate, up and down, and the activation between them.
+using Dense = std::tuple<nb::object, nb::object, nb::object, Gate>;
 
 std::optional<NormRule> norm_of(const std::optional<Norm>& norm) {
   if (!norm) return {};
@@ -56,6 +59,12 @@ std::optional<NormRule> norm_of(const std::optional<Norm>& norm) {
 Projection projection_of(HeldAttention& held, const BiasedMatrix& part) {
   const auto& [matrix, bias] = part;
   return {held.hold(matrix), at<const std::uint16_t>(bias)};
+}
+
+template <class Block>
+DenseBlock dense_of(Held<Block>& held, const Dense& parts) {
+  const auto& [gate, up, down, kind] = parts;
+  return {{held.hold(gate), held.hold(up), held.hold(down)}, kind};
 }
 
 using HeldLayer = Held<DecoderLayer>;
@@ -171,23 +180,19 @@ static void bind_moe_block(nb::module_& m) {
       .def(
           "__init__",
           [](HeldMoe* self, const nb::object& router, const RouterRule& rule, Gate gate,
-             const std::optional<ThreeMatrices>& shared, Gate gate_of_shared,
-             const nb::object& shared_gate) {
+             const std::optional<Dense>& shared, const nb::object& shared_gate) {
             HeldMoe held;
             MoeBlock& block = held.block;
             block.router = held.hold(router);
             block.rule = rule;
             block.gate = gate;
-            block.gate_of_shared = gate_of_shared;
-            if (shared)
-              block.shared = {held.hold(std::get<0>(*shared)), held.hold(std::get<1>(*shared)),
-                              held.hold(std::get<2>(*shared))};
+            if (shared) block.shared = dense_of(held, *shared);
             if (!shared_gate.is_none()) block.shared_gate = held.hold(shared_gate);
             check(block);
             new (self) HeldMoe(std::move(held));
           },
           nb::kw_only(), "router"_a, "rule"_a, "gate"_a, "shared"_a = nb::none(),
-          "gate_of_shared"_a = Gate::silu, "shared_gate"_a = nb::none())
+          "shared_gate"_a = nb::none())
       .def(
           "run",
           [](const HeldMoe& self, Engine& engine, const CacheHandle& cache, std::uint64_t layer,
@@ -205,18 +210,25 @@ static void bind_layer(nb::module_& m) {
   nb::class_<HeldLayer>(m, "DecoderLayer")
       .def(
           "__init__",
-          [](HeldLayer* self, const nb::object& attention, const nb::object& moe,
-             const Norm& before_attention, const Norm& before_moe) {
+          [](HeldLayer* self, const nb::object& attention,
+             const std::variant<Dense, nb::object>& mlp, const Norm& before_attention,
+             const Norm& before_mlp) {
             HeldLayer held;
             held.block.attention = &nb::cast<const HeldAttention&>(attention).block;
-            held.block.moe = &nb::cast<const HeldMoe&>(moe).block;
+            held.parts.push_back(attention);
+            if (const auto* dense = std::get_if<Dense>(&mlp)) {
+              held.block.dense = dense_of(held, *dense);
+            } else {
+              const auto& moe = std::get<nb::object>(mlp);
+              held.block.moe = &nb::cast<const HeldMoe&>(moe).block;
+              held.parts.push_back(moe);
+            }
             held.block.before_attention = *norm_of(before_attention);
-            held.block.before_moe = *norm_of(before_moe);
-            held.parts = {attention, moe};
+            held.block.before_mlp = *norm_of(before_mlp);
             check(held.block);
             new (self) HeldLayer(std::move(held));
           },
-          nb::kw_only(), "attention"_a, "moe"_a, "before_attention"_a, "before_moe"_a)
+          nb::kw_only(), "attention"_a, "mlp"_a, "before_attention"_a, "before_mlp"_a)
       .def(
           "followed_by",
           [](HeldLayer& self, const nb::object& layer, std::uint64_t number) {

@@ -140,8 +140,8 @@ void bind_engine(nb::module_& m) {
              Gate kind, Address x, std::int64_t x_stride, std::uint64_t count, Address out,
              std::int64_t out_stride) {
             nb::gil_scoped_release release;
-            self.gated({&gate.matrix, &up.matrix, &down.matrix}, kind, input_of(x, x_stride, count),
-                       at<std::uint16_t>(out), out_stride);
+            self.gated({{&gate.matrix, &up.matrix, &down.matrix}, kind},
+                       input_of(x, x_stride, count), at<std::uint16_t>(out), out_stride);
           },
           "gate"_a, "up"_a, "down"_a, "kind"_a, "x"_a, "x_stride"_a, "count"_a, "out"_a,
           "out_stride"_a)

@@ -85,13 +85,18 @@ void Engine::multiply(const PackedMatrix& matrix, const Input& x, const std::uin
   product(matrix, ready_columns(x, matrix.columns(), columns_), bias, y, stride);
 }
 
-void Engine::gated(const GatedMatrices& matrices, Gate kind, const Input& x, std::uint16_t* y,
+void Engine::gated(const DenseBlock& block, const Input& x, std::uint16_t* y,
                    std::ptrdiff_t stride) {
   const Turn turn(*this);
-  GatedTask task{matrices, kind};
-  task.x = ready_columns(x, matrices.up->columns(), columns_);
+  run_gated(block, x, y, stride);
+}
+
+void Engine::run_gated(const DenseBlock& block, const Input& x, std::uint16_t* y,
+                       std::ptrdiff_t stride) {
+  GatedTask task{block.matrices, block.gate};
+  task.x = ready_columns(x, block.matrices.up->columns(), columns_);
   multiply_inner({&task, 1}, [](const GatedTask&, std::size_t, const auto& work) { work(); });
-  product(*matrices.down, task.inner, nullptr, y, stride);
+  product(*block.matrices.down, task.inner, nullptr, y, stride);
 }
 
 void Engine::decode_rows(const PackedMatrix& matrix, std::span<const std::int64_t> rows,

@@ -55,8 +55,7 @@ class Engine : private EngineCall {
   // The same without bias, and without rounding to BF16.
   void multiply_wide(const PackedMatrix& matrix, const Input& x, float* y, std::ptrdiff_t stride);
   // y = down (activation(gate x) * up x), what is between the products rounded to BF16 once.
-  void gated(const GatedMatrices& matrices, Gate kind, const Input& x, std::uint16_t* y,
-             std::ptrdiff_t stride);
+  void gated(const DenseBlock& block, const Input& x, std::uint16_t* y, std::ptrdiff_t stride);
   // Rows of an embedding.
   void decode_rows(const PackedMatrix& matrix, std::span<const std::int64_t> rows,
                    std::uint16_t* out, std::ptrdiff_t stride);
@@ -156,6 +155,7 @@ class Engine : private EngineCall {
                    std::uint64_t count);
   void see_keys(const AttentionBlock& block, const AttentionCall& call, std::uint64_t first,
                 std::uint64_t queries, std::uint16_t* attended);
+  void run_gated(const DenseBlock& block, const Input& x, std::uint16_t* y, std::ptrdiff_t stride);
   PackedMatrix packed(ExpertCache& cache, Lease& lease, std::uint64_t layer, std::uint64_t expert,
                       std::uint64_t matrix);
 

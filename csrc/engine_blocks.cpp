@@ -37,29 +37,33 @@ void check(const AttentionBlock& block) {
 void check(const MoeBlock& block) {
   const std::uint64_t hidden = block.router->columns();
   require(block.router->rows() == block.rule.num_experts, "a router of other experts");
-  if (block.shared)
-    require(block.shared->up->columns() == hidden && block.shared->down->rows() == hidden &&
-                block.shared->down->columns() == block.shared->up->rows() &&
-                block.shared->gate->columns() == hidden &&
-                block.shared->gate->rows() == block.shared->up->rows(),
-            "the parts of a shared expert do not fit");
+  if (block.shared) check(*block.shared, hidden);
   if (block.shared_gate != nullptr)
     require(block.shared_gate->rows() == 1 && block.shared_gate->columns() == hidden,
             "the gate of a shared expert does not fit");
 }
 
+void check(const DenseBlock& block, std::uint64_t hidden) {
+  const auto& [gate, up, down] = block.matrices;
+  require(up->columns() == hidden && down->rows() == hidden && down->columns() == up->rows() &&
+              gate->columns() == hidden && gate->rows() == up->rows(),
+          "the parts of a gated block do not fit");
+}
+
 void check(const DecoderLayer& layer) {
-  const std::uint64_t hidden = layer.moe->router->columns();
-  require(layer.attention->query.weights->columns() == hidden &&
+  const std::uint64_t hidden = layer.attention->query.weights->columns();
+  if (layer.moe == nullptr) check(layer.dense, hidden);
+  require((layer.moe == nullptr || layer.moe->router->columns() == hidden) &&
               layer.attention->output.weights->rows() == hidden &&
-              layer.before_attention.width == hidden && layer.before_moe.width == hidden,
+              layer.before_attention.width == hidden && layer.before_mlp.width == hidden,
           "the parts of a layer do not fit");
 }
 
 void Engine::run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLayer& layer,
                        const AttentionCall& call, std::uint16_t* y) {
   const Turn turn(*this);
-  const std::uint64_t tokens = call.batch * call.queries, hidden = layer.moe->router->columns();
+  const std::uint64_t tokens = call.batch * call.queries;
+  const std::uint64_t hidden = layer.attention->query.weights->columns();
   auto* normed = grown<std::uint16_t>(normed_, tokens * hidden);
   auto* change = grown<std::uint16_t>(change_, tokens * hidden);
   rms_norm(call.x, tokens, layer.before_attention, normed, isa_, *pool_);
@@ -68,12 +72,17 @@ void Engine::run_layer(ExpertCache& cache, std::uint64_t number, const DecoderLa
   run_attention(*layer.attention, inside, change);
   add(call.x, change, tokens, hidden, y);
   give_way();
-  rms_norm(y, tokens, layer.before_moe, normed, isa_, *pool_);
+  rms_norm(y, tokens, layer.before_mlp, normed, isa_, *pool_);
   const auto stride = static_cast<std::ptrdiff_t>(hidden);
   const Input states{normed, stride, tokens};
-  const Columns columns = ask_for_experts(cache, number, *layer.moe, states);
-  look_ahead(cache, layer, y, tokens);
-  finish_moe(cache, number, *layer.moe, states, columns, change, stride);
+  if (layer.moe == nullptr) {
+    look_ahead(cache, layer, y, tokens);
+    run_gated(layer.dense, states, change, stride);
+  } else {
+    const Columns columns = ask_for_experts(cache, number, *layer.moe, states);
+    look_ahead(cache, layer, y, tokens);
+    finish_moe(cache, number, *layer.moe, states, columns, change, stride);
+  }
   add(y, change, tokens, hidden, y);
 }
 

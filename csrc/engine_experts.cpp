@@ -132,7 +132,7 @@ void Engine::finish_moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock&
   const TaskList tasks(*this);
   if (block.shared) {
     // It comes first: while it is multiplied, others are read.
-    tasks_.push_back({*block.shared, block.gate_of_shared});
+    tasks_.push_back({block.shared->matrices, block.shared->gate});
     tasks_.back().x = columns;
     tasks_.back().visits = shared_visits_;
   }
@@ -180,7 +180,7 @@ void Engine::look_ahead(ExpertCache& cache, const DecoderLayer& layer, const std
   const PackedMatrix& router = *layer.next->moe->router;
   const std::uint64_t hidden = router.columns(), experts = router.rows();
   auto* normed = grown<std::uint16_t>(ahead_, tokens * hidden);
-  rms_norm(x, tokens, layer.next->before_moe, normed, isa_, *pool_);
+  rms_norm(x, tokens, layer.next->before_mlp, normed, isa_, *pool_);
   auto* logits = grown<float>(logits_, experts * tokens);
   const Input states{normed, static_cast<std::ptrdiff_t>(hidden), tokens};
   product_wide(router, ready_columns(states, hidden, columns_), logits,

@@ -25,6 +25,12 @@ struct GatedMatrices {
   const PackedMatrix* down;
 };
 
+// A gated block that all tokens visit.
+struct DenseBlock {
+  GatedMatrices matrices;
+  Gate gate;
+};
+
 // Self-attention with rotary position embeddings: queries, keys and values; norms of queries and
 // keys, of each head or of all at once, as their width says; rotation; attention; output.
 struct AttentionBlock {
@@ -54,17 +60,19 @@ struct MoeBlock {
   const PackedMatrix* router;
   RouterRule rule;
   Gate gate;
-  std::optional<GatedMatrices> shared;
-  Gate gate_of_shared = Gate::silu;
+  std::optional<DenseBlock> shared;
   const PackedMatrix* shared_gate = nullptr;
 };
 
-// A decoder layer: x + attention(norm(x)), then the same with the experts.
+// A decoder layer: x + attention(norm(x)), then the same with the experts, or, where it has none,
+// with a dense block.
 struct DecoderLayer {
-  const AttentionBlock* attention;
-  const MoeBlock* moe;
-  NormRule before_attention, before_moe;
-  // The layer after it, whose router is asked beforehand which experts it will want; null: unknown.
+  const AttentionBlock* attention = nullptr;
+  const MoeBlock* moe = nullptr;  // null: `dense` instead
+  DenseBlock dense{};
+  NormRule before_attention, before_mlp;
+  // The layer after it, whose router is asked beforehand which experts it will want; null: it has
+  // none, or is unknown.
   const DecoderLayer* next = nullptr;
   std::uint64_t next_number = 0;  // of the experts of `next`
 };
@@ -72,6 +80,7 @@ struct DecoderLayer {
 // Throw std::invalid_argument where the parts do not fit each other.
 void check(const AttentionBlock& block);
 void check(const MoeBlock& block);
+void check(const DenseBlock& block, std::uint64_t hidden);
 void check(const DecoderLayer& layer);
 
 }  // namespace zipmoe

@@ -14,7 +14,7 @@ import zipmoe
 from zipmoe.blocks import NativeAttention
 from zipmoe.decoder import NativeDecoder
 
-KNOWN = ["qwen2_moe", "qwen3_moe", "olmoe"]
+KNOWN = ["qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"]  # the first layer of the last is dense
 
 
 class Calls:

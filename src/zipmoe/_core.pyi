@@ -478,6 +478,8 @@ def rms_norm(
 # many tokens there are with the new ones; causal and mask as in `Attention.run`.
 _Step: TypeAlias = tuple[Any, ...]
 _Norm: TypeAlias = tuple[NormKind, float, int, int, bool]
+# A gated block that all tokens visit: gate, up and down, and the activation.
+_Dense: TypeAlias = tuple[PackedMatrix, PackedMatrix, PackedMatrix, Gate]
 
 class AttentionBlock:
     """Self-attention with rotary position embeddings, run in one call.
@@ -547,7 +549,7 @@ class RouterRule:
 class MoeBlock:
     """Router, routed experts and an expert that all tokens visit, run in one call.
 
-    shared: its gate, up and down; shared_gate: one row, whose product's sigmoid weighs it.
+    shared_gate: one row, whose product's sigmoid weighs what `shared` gives.
     """
 
     def __init__(
@@ -556,8 +558,7 @@ class MoeBlock:
         router: PackedMatrix,
         rule: RouterRule,
         gate: Gate,
-        shared: tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None = None,
-        gate_of_shared: Gate = ...,
+        shared: _Dense | None = None,
         shared_gate: PackedMatrix | None = None,
     ) -> None: ...
     def run(
@@ -566,18 +567,21 @@ class MoeBlock:
         """BF16 x, out [tokens, hidden] without gaps; the sum over experts is rounded once."""
 
 class DecoderLayer:
-    """x + attention(norm(x)), then the same with the experts, run in one call."""
+    """x + attention(norm(x)), then the same with experts or a dense block, run in one call."""
 
     def __init__(
         self,
         *,
         attention: AttentionBlock,
-        moe: MoeBlock,
+        mlp: MoeBlock | _Dense,
         before_attention: _Norm,
-        before_moe: _Norm,
+        before_mlp: _Norm,
     ) -> None: ...
     def followed_by(self, layer: DecoderLayer, number: int) -> None:
-        """Let it ask the next layer's router beforehand; number: of the experts of that layer."""
+        """Let it ask the next layer's router beforehand; number: of the experts of that layer.
+
+        layer: one that has experts.
+        """
 
     def run(
         self, engine: Engine, cache: ExpertCache, number: int, x: int, out: int, step: _Step

@@ -278,7 +278,7 @@ def _shared(module: Any, form: MoeForward) -> dict[str, Any] | None:
     expert = getattr(module, form.shared)
     if type(expert) is not GatedBlock:
         return None
-    found = {"shared": expert.matrices, "gate_of_shared": expert.kind}
+    found: dict[str, Any] = {"shared": expert.parts}
     if form.shared_gate is not None:
         gate = getattr(module, form.shared_gate)
         if not _is_packed_linear(gate) or gate.bias is not None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from zipmoe import _core
+from zipmoe import _core, experts
 from zipmoe._forwards import DECODERS, fingerprint
 from zipmoe._native_block import NativeBlock, in_place_of, takes
 from zipmoe.blocks import (
+    NativeMoe,
     asks_more,
     experts_of,
     native_attention,
@@ -91,8 +92,9 @@ class NativeDecoder(NativeBlock):
         layers: list[Any] = [*self.layers]
         found = [placing_layer(past_key_values, layer.self_attn.layer_idx) for layer in layers]
         caches = [cache for cache in found if cache is not None]
-        half, moe = layers[0].self_attn, layers[0].mlp
-        if len(caches) != len(found) or not half.is_chosen() or not moe.is_chosen():
+        half, source = layers[0].self_attn, layers[0].source
+        experts_chosen = self.config._experts_implementation == experts.IMPLEMENTATION
+        if len(caches) != len(found) or not half.is_chosen() or not experts_chosen:
             return None
         x = self.embed_tokens(ids)
         if not takes(x):
@@ -107,7 +109,6 @@ class NativeDecoder(NativeBlock):
         others = [cache.place((len(ids), kv_heads, 1, width), x) for cache in caches[1:]]
         x = x.contiguous()
         out = torch.empty_like(x)
-        source = moe.source
         self.native.run(source.engine, source.cache, x.data_ptr(), out.data_ptr(), step, others)
         return out
 
@@ -136,11 +137,12 @@ def native_decoder(module: Any) -> NativeDecoder | None:
         len(layers) != config.num_hidden_layers
         or not all(isinstance(layer, NativeLayer) for layer in layers)
         or len({layer.self_attn.heads for layer in layers}) != 1
-        or any(config is not part.config for x in layers for part in (x.self_attn, x.mlp.experts))
+        or any(config is not layer.self_attn.config for layer in layers)
+        or any(config is not x.mlp.experts.config for x in layers if x.number is not None)
     ):
         return None
     decoder: NativeDecoder = in_place_of(module, NativeDecoder)
-    native = _core.DecoderLayers([(layer.native, layer.mlp.layer) for layer in layers])
+    native = _core.DecoderLayers([(layer.native, layer.number or 0) for layer in layers])
     decoder.made_of(native, ("layers",))
     return decoder
 
@@ -166,14 +168,16 @@ def replace_blocks(
         else:
             _put(model, name, native)
             replaced.append(native)
+    source = next((block.source for block in replaced if isinstance(block, NativeMoe)), None)
     layers: list[NativeLayer] = []
     for name, module in list(model.named_modules()):
-        layer = native_layer(module)
+        layer = native_layer(module, source)
         if layer is not None:
             _put(model, name, layer)
             layers.append(layer)
     for layer, following in pairwise(layers) if lookahead else ():
-        layer.native.followed_by(following.native, following.mlp.layer)
+        if following.number is not None:
+            layer.native.followed_by(following.native, following.number)
     replaced += layers
     for name, module in list(model.named_modules()):
         decoder = native_decoder(module)

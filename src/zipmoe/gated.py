@@ -42,10 +42,10 @@ class GatedBlock(nn.Module):
         self.train(original.training)
 
     @property
-    def matrices(self) -> tuple[Any, Any, Any]:
-        """Gate, up and down as the core has them."""
+    def parts(self) -> tuple[Any, Any, Any, _core.Gate]:
+        """Gate, up and down as the core has them, and the activation."""
         gate, up, down = (weight.matrix for weight in self._weights)
-        return gate, up, down
+        return gate, up, down, self.kind
 
     def forward(self, x: Tensor) -> Tensor:
         """Run it: [..., hidden] to [..., hidden], rounded once between the products."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,7 +10,11 @@ from zipmoe import _core
 from zipmoe._forwards import LAYERS, fingerprint
 from zipmoe._native_block import NativeBlock, in_place_of, takes
 from zipmoe.blocks import NativeAttention, NativeMoe, norm_rule
+from zipmoe.gated import GatedBlock
 from zipmoe.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from zipmoe._expert_source import ExpertSource
 
 __all__ = ["NativeLayer", "native_layer"]
 
@@ -18,10 +22,12 @@ _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 class NativeLayer(NativeBlock):
-    """Norm, attention, sum; norm, experts, sum: the same bits as its two halves."""
+    """Norm, attention, sum; norm, experts or dense block, sum: the same bits as its two halves."""
 
     self_attn: NativeAttention
-    mlp: NativeMoe
+    mlp: NativeMoe | GatedBlock
+    source: ExpertSource
+    number: int | None  # ordinal of its experts in the store; None: it has none
 
     def forward(
         self,
@@ -34,15 +40,16 @@ class NativeLayer(NativeBlock):
         """Run the layer: [batch, queries, hidden] to the same."""
         x = hidden_states
         modules: Any = self._modules
-        half, moe = modules["self_attn"], modules["mlp"]
-        if self.is_intact(looked_at=False) and takes(x) and moe.is_chosen():
+        half, mlp = modules["self_attn"], modules["mlp"]
+        is_chosen = self.number is None or mlp.is_chosen()
+        if self.is_intact(looked_at=False) and takes(x) and is_chosen:
             step = half.step(x, position_embeddings, attention_mask, past_key_values, kwargs)
             if step is not None:
                 x = x.contiguous()
                 out = torch.empty_like(x)
-                source = moe.source
+                source, number = self.source, self.number or 0
                 self.native.run(
-                    source.engine, source.cache, moe.layer, x.data_ptr(), out.data_ptr(), step
+                    source.engine, source.cache, number, x.data_ptr(), out.data_ptr(), step
                 )
                 return out
         return super().forward(
@@ -54,29 +61,34 @@ class NativeLayer(NativeBlock):
         )
 
 
-def native_layer(module: Any) -> NativeLayer | None:
-    """Make the native form of a layer; None where its code or its parts are not known."""
-    if fingerprint(type(module)) not in LAYERS:
+def native_layer(module: Any, source: ExpertSource | None) -> NativeLayer | None:
+    """Make the native form of a layer; None where its code or its parts are not known.
+
+    source: of the model's experts, if any of them are run in one call.
+    """
+    if source is None or fingerprint(type(module)) not in LAYERS:
         return None
-    norms, attention, moe = (
+    norms, attention, mlp = (
         [module.input_layernorm, module.post_attention_layernorm],
         module.self_attn,
         module.mlp,
     )
     if (
         not isinstance(attention, NativeAttention)
-        or not isinstance(moe, NativeMoe)
+        or not isinstance(mlp, NativeMoe | GatedBlock)
         or not all(type(norm) is RMSNorm for norm in norms)
     ):
         return None
-    before_attention, before_moe = map(norm_rule, norms)
+    before_attention, before_mlp = map(norm_rule, norms)
     layer: NativeLayer = in_place_of(module, NativeLayer)
+    layer.source = source
+    layer.number = mlp.layer if isinstance(mlp, NativeMoe) else None
     layer.made_of(
         _core.DecoderLayer(
             attention=attention.native,
-            moe=moe.native,
+            mlp=mlp.native if isinstance(mlp, NativeMoe) else mlp.parts,
             before_attention=before_attention,
-            before_moe=before_moe,
+            before_mlp=before_mlp,
         ),
         _PARTS,
     )

@@ -56,6 +56,20 @@ std::uint64_t Engine::read(std::span<const std::uint8_t> bytes) {
   return read_all(bytes, *pool_);
 }
 
+// The columns of x for Multiplier::rows, if need be copied to `room`: by all threads, since what
+// one of them has written may be far from the others.
+Columns Engine::ready(const Input& x, std::uint64_t weights, Buffer& room) {
+  const auto count = static_cast<std::uint32_t>(x.count);
+  if (are_ready(x, weights)) return {x.data, x.stride, count};
+  const std::uint64_t stride = column_stride(weights);
+  auto* copy = aligned_room<std::uint16_t>(room, stride * count);
+  pool_->run(count, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t c = begin; c < end; ++c)
+      copy_column(x.data + static_cast<std::ptrdiff_t>(c) * x.stride, weights, copy + c * stride);
+  });
+  return {copy, static_cast<std::ptrdiff_t>(stride), count};
+}
+
 void Engine::product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
                      std::uint16_t* y, std::ptrdiff_t stride) {
   products(matrix, x,
@@ -68,7 +82,7 @@ void Engine::product(const PackedMatrix& matrix, const Columns& x, const std::ui
 void Engine::multiply_wide(const PackedMatrix& matrix, const Input& x, float* y,
                            std::ptrdiff_t stride) {
   const Turn turn(*this);
-  product_wide(matrix, ready_columns(x, matrix.columns(), columns_), y, stride);
+  product_wide(matrix, ready(x, matrix.columns(), columns_), y, stride);
 }
 
 void Engine::product_wide(const PackedMatrix& matrix, const Columns& x, float* y,
@@ -82,7 +96,7 @@ void Engine::product_wide(const PackedMatrix& matrix, const Columns& x, float* y
 void Engine::multiply(const PackedMatrix& matrix, const Input& x, const std::uint16_t* bias,
                       std::uint16_t* y, std::ptrdiff_t stride) {
   const Turn turn(*this);
-  product(matrix, ready_columns(x, matrix.columns(), columns_), bias, y, stride);
+  product(matrix, ready(x, matrix.columns(), columns_), bias, y, stride);
 }
 
 void Engine::gated(const DenseBlock& block, const Input& x, std::uint16_t* y,
@@ -94,7 +108,7 @@ void Engine::gated(const DenseBlock& block, const Input& x, std::uint16_t* y,
 void Engine::run_gated(const DenseBlock& block, const Input& x, std::uint16_t* y,
                        std::ptrdiff_t stride) {
   GatedTask task{block.matrices, block.gate};
-  task.x = ready_columns(x, block.matrices.up->columns(), columns_);
+  task.x = ready(x, block.matrices.up->columns(), columns_);
   multiply_inner({&task, 1}, [](const GatedTask&, std::size_t, const auto& work) { work(); });
   product(*block.matrices.down, task.inner, nullptr, y, stride);
 }
@@ -142,7 +156,7 @@ void Engine::multiply_expert(ExpertCache& cache, std::uint64_t layer, std::uint6
   if (matrix + 1 < lease.num_matrices()) lease.keep_visit();
   try {
     const PackedMatrix weights = packed(cache, lease, layer, expert, matrix);
-    product(weights, ready_columns(x, weights.columns(), columns_), nullptr, y, stride);
+    product(weights, ready(x, weights.columns(), columns_), nullptr, y, stride);
   } catch (const CorruptError& error) {
     throw error.layer ? error : cache.located(error, layer, expert, matrix);
   }

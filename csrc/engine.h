@@ -109,6 +109,7 @@ class Engine : private EngineCall {
                 const Keep& keep);
   template <class Keep>
   void products(const PackedMatrix& matrix, const Columns& x, const Keep& keep);
+  Columns ready(const Input& x, std::uint64_t weights, Buffer& room);
   void product_wide(const PackedMatrix& matrix, const Columns& x, float* y, std::ptrdiff_t stride);
   void product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,
                std::uint16_t* y, std::ptrdiff_t stride);

@@ -112,7 +112,7 @@ void Engine::run_attention(const AttentionBlock& block, const AttentionCall& cal
   };
   each_piece([&](std::uint64_t first, std::uint64_t count) {
     const Input states{call.x + first * hidden, static_cast<std::ptrdiff_t>(hidden), count};
-    project(block, ready_columns(states, hidden, columns_), first, tokens);
+    project(block, ready(states, hidden, columns_), first, tokens);
     place_heads(block, call, first, count);
   });
   give_way();
@@ -122,8 +122,8 @@ void Engine::run_attention(const AttentionBlock& block, const AttentionCall& cal
     see_keys(block, call, first, count / call.batch, part);
     const PackedMatrix& output = *block.output.weights;
     const Input states{part, static_cast<std::ptrdiff_t>(inner), count};
-    product(output, ready_columns(states, inner, columns_), block.output.bias,
-            y + first * output.rows(), static_cast<std::ptrdiff_t>(output.rows()));
+    product(output, ready(states, inner, columns_), block.output.bias, y + first * output.rows(),
+            static_cast<std::ptrdiff_t>(output.rows()));
   });
 }
 

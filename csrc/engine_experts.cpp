@@ -117,7 +117,7 @@ void Engine::moe(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
 // From the router on to reads under way; the columns are those of `x`, ready.
 Columns Engine::ask_for_experts(ExpertCache& cache, std::uint64_t layer, const MoeBlock& block,
                                 const Input& x) {
-  const Columns columns = ready_columns(x, block.router->columns(), block_columns_);
+  const Columns columns = ready(x, block.router->columns(), block_columns_);
   const Routing routing = route(block, columns);
   note_routing(layer, routing.k);
   list_visits(routing, x.count);
@@ -183,7 +183,7 @@ void Engine::look_ahead(ExpertCache& cache, const DecoderLayer& layer, const std
   rms_norm(x, tokens, layer.next->before_mlp, normed, isa_, *pool_);
   auto* logits = grown<float>(logits_, experts * tokens);
   const Input states{normed, static_cast<std::ptrdiff_t>(hidden), tokens};
-  product_wide(router, ready_columns(states, hidden, columns_), logits,
+  product_wide(router, ready(states, hidden, columns_), logits,
                static_cast<std::ptrdiff_t>(experts));
   const Routing routing = choose(layer.next->moe->rule, logits, tokens);
   guesses_.assign(routing.experts, routing.experts + tokens * routing.k);
@@ -302,12 +302,13 @@ void Engine::gather_columns(const Input& x) {
     const std::uint64_t weights = task.matrices.up->columns(), padded = column_stride(weights);
     task.x = {to, static_cast<std::ptrdiff_t>(padded),
               static_cast<std::uint32_t>(task.visits.size())};
-    for (const Visit& visit : task.visits) {
-      std::memcpy(to, x.data + static_cast<std::ptrdiff_t>(visit.token) * x.stride,
-                  weights * sizeof *to);
-      std::fill(to + weights, to + padded, std::uint16_t{0});
-      to += padded;
-    }
+    pool_->run(
+        task.visits.size(), kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
+          for (std::uint64_t c = begin; c < end; ++c)
+            copy_column(x.data + static_cast<std::ptrdiff_t>(task.visits[c].token) * x.stride,
+                        weights, to + c * padded);
+        });
+    to += task.visits.size() * padded;
   }
 }
 

@@ -412,21 +412,16 @@ void Multiplier::decode_row(const PackedMatrix& matrix, std::uint64_t row, std::
   }
 }
 
-Columns ready_columns(const Input& input, std::uint64_t weights, Buffer& buffer) {
-  const auto count = static_cast<std::uint32_t>(input.count);
+bool are_ready(const Input& input, std::uint64_t weights) {
   // Whole pages apart, columns get in each other's way: half the speed of AVX2 at four of them.
   constexpr std::ptrdiff_t kPageWeights = 4096 / sizeof(std::uint16_t);
-  const bool is_apart = count == 1 || input.stride % kPageWeights != 0;
-  if (weights % kGroupWeights == 0 && count <= kCodedColumns && is_apart)
-    return {input.data, input.stride, count};
-  const std::uint64_t stride = column_stride(weights);
-  auto* copy = aligned_room<std::uint16_t>(buffer, stride * count);
-  for (std::uint64_t c = 0; c < count; ++c) {
-    std::memcpy(copy + c * stride, input.data + static_cast<std::ptrdiff_t>(c) * input.stride,
-                weights * sizeof *copy);
-    std::fill(copy + c * stride + weights, copy + (c + 1) * stride, std::uint16_t{0});
-  }
-  return {copy, static_cast<std::ptrdiff_t>(stride), count};
+  const bool is_apart = input.count == 1 || input.stride % kPageWeights != 0;
+  return weights % kGroupWeights == 0 && input.count <= kCodedColumns && is_apart;
+}
+
+void copy_column(const std::uint16_t* from, std::uint64_t weights, std::uint16_t* to) {
+  std::memcpy(to, from, weights * sizeof *to);
+  std::fill(to + weights, to + column_stride(weights), std::uint16_t{0});
 }
 
 }  // namespace zipmoe

@@ -106,8 +106,9 @@ constexpr std::uint64_t column_stride(std::uint64_t weights) {
   return ceil_to(weights, kGroupWeights) + kGroupWeights / 2;
 }
 
-// The columns of `input`, ready for Multiplier::rows: they themselves where that is as good, else a
-// copy in `room`.
-Columns ready_columns(const Input& input, std::uint64_t weights, Buffer& room);
+// Whether columns are ready for Multiplier::rows as they are, and as good as copies.
+bool are_ready(const Input& input, std::uint64_t weights);
+// A copy of one that is: column_stride(weights) words at `to`.
+void copy_column(const std::uint16_t* from, std::uint64_t weights, std::uint16_t* to);
 
 }  // namespace zipmoe

@@ -232,7 +232,9 @@ static void bind_layer(nb::module_& m) {
       .def(
           "followed_by",
           [](HeldLayer& self, const nb::object& layer, std::uint64_t number) {
-            self.block.next = &nb::cast<const HeldLayer&>(layer).block;
+            const DecoderLayer& next = nb::cast<const HeldLayer&>(layer).block;
+            if (next.moe == nullptr) throw std::invalid_argument("a layer without a router");
+            self.block.next = &next;
             self.block.next_number = number;
             self.parts.push_back(layer);
           },

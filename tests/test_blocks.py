@@ -84,6 +84,15 @@ def test_a_layer_in_one_call_gives_the_bits_of_its_halves(name: str, family_stor
         assert torch.equal(part_by_part(loaded.model, NativeLayer, ids), expected)
 
 
+def test_only_a_layer_with_experts_can_be_asked_beforehand(family_store: Any) -> None:
+    with zipmoe.load(family_store("glm4_moe"), memory="64GB") as loaded:
+        dense, sparse = blocks(loaded.model, NativeLayer)[:2]
+        assert dense.number is None
+        dense.native.followed_by(sparse.native, sparse.number)
+        with pytest.raises(ValueError, match="router"):
+            sparse.native.followed_by(dense.native, 0)
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_attention_in_one_call_gives_the_bits_of_its_parts(name: str, family_store: Any) -> None:
     with zipmoe.load(family_store(name), memory="64GB") as loaded, torch.no_grad():

@@ -169,13 +169,10 @@ def tasks(listed: list[Kind], number: int) -> Iterator[Task]:
 def prepare(shape: Shape, cache: Path, counts: Path | None) -> None:
     """Make the files; runs in a process of its own."""
     from qwen_gguf import write_gguf  # noqa: PLC0415
-    from synthetic_qwen import prepare  # noqa: PLC0415
-
-    from zipmoe import pack_checkpoint  # noqa: PLC0415
+    from synthetic_qwen import pack_unless_packed, prepare  # noqa: PLC0415
 
     files = prepare(shape, cache, counts=counts)
-    if not (files.raw_store / "zipmoe.json").exists():
-        pack_checkpoint(files.checkpoint, files.raw_store, codec="raw")
+    pack_unless_packed(files.checkpoint, files.raw_store, codec="raw")
     if not files.gguf.exists():
         write_gguf(files.checkpoint, files.gguf)
 

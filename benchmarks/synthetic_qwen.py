@@ -17,7 +17,7 @@ import os
 import shutil
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -217,12 +217,10 @@ def prepare(
 
     A shape with topics gets the routing of recorded counts, or of zipmoe's synthetic routing.
     """
-    from zipmoe import pack_checkpoint  # noqa: PLC0415
-
     files = Files.of(shape, cache, counts)
     if not files.checkpoint.exists():
+        shutil.rmtree(files.folder, ignore_errors=True)  # what was made of another
         unfinished = files.folder / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write_checkpoint(unfinished, shape)
         if shape.topics:
@@ -232,11 +230,22 @@ def prepare(
         unfinished.rename(files.checkpoint)
     if repack:
         shutil.rmtree(files.store, ignore_errors=True)
-    if not (files.store / "zipmoe.json").exists():
-        pack_checkpoint(files.checkpoint, files.store)
+    pack_unless_packed(files.checkpoint, files.store)
     for folder in (files.checkpoint, files.store):
         forget_pages(folder)
     return files
+
+
+def pack_unless_packed(checkpoint: Path, store: Path, **options: Any) -> None:
+    """Make a store, unless one is there and not of an older format."""
+    from zipmoe import FormatError, pack_checkpoint  # noqa: PLC0415
+    from zipmoe.store import open_store  # noqa: PLC0415
+
+    try:
+        open_store(store).close()
+    except FormatError:
+        shutil.rmtree(store, ignore_errors=True)
+        pack_checkpoint(checkpoint, store, **options)
 
 
 def forget_pages(folder: Path) -> None:

@@ -56,18 +56,11 @@ std::uint64_t Engine::read(std::span<const std::uint8_t> bytes) {
   return read_all(bytes, *pool_);
 }
 
-// The columns of x for Multiplier::rows, if need be copied to `room`: by all threads, since what
-// one of them has written may be far from the others.
+// The columns of x for Multiplier::rows, if need be copied to `room`.
 Columns Engine::ready(const Input& x, std::uint64_t weights, Buffer& room) {
-  const auto count = static_cast<std::uint32_t>(x.count);
-  if (are_ready(x, weights)) return {x.data, x.stride, count};
-  const std::uint64_t stride = column_stride(weights);
-  auto* copy = aligned_room<std::uint16_t>(room, stride * count);
-  pool_->run(count, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
-    for (std::uint64_t c = begin; c < end; ++c)
-      copy_column(x.data + static_cast<std::ptrdiff_t>(c) * x.stride, weights, copy + c * stride);
-  });
-  return {copy, static_cast<std::ptrdiff_t>(stride), count};
+  if (are_ready(x, weights)) return {x.data, x.stride, static_cast<std::uint32_t>(x.count)};
+  auto* copies = aligned_room<std::uint16_t>(room, column_stride(weights) * x.count);
+  return copy_columns(x, weights, x.count, copies, [](std::uint64_t c) { return c; });
 }
 
 void Engine::product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,

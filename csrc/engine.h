@@ -109,6 +109,9 @@ class Engine : private EngineCall {
                 const Keep& keep);
   template <class Keep>
   void products(const PackedMatrix& matrix, const Columns& x, const Keep& keep);
+  template <class TokenOf>
+  Columns copy_columns(const Input& x, std::uint64_t weights, std::uint64_t count,
+                       std::uint16_t* to, const TokenOf& token_of);
   Columns ready(const Input& x, std::uint64_t weights, Buffer& room);
   void product_wide(const PackedMatrix& matrix, const Columns& x, float* y, std::ptrdiff_t stride);
   void product(const PackedMatrix& matrix, const Columns& x, const std::uint16_t* bias,

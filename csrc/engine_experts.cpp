@@ -299,16 +299,10 @@ void Engine::gather_columns(const Input& x) {
   auto* to = aligned_room<std::uint16_t>(columns_, size);
   for (GatedTask& task : tasks_) {
     if (!task.is_routed) continue;  // has its columns
-    const std::uint64_t weights = task.matrices.up->columns(), padded = column_stride(weights);
-    task.x = {to, static_cast<std::ptrdiff_t>(padded),
-              static_cast<std::uint32_t>(task.visits.size())};
-    pool_->run(
-        task.visits.size(), kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
-          for (std::uint64_t c = begin; c < end; ++c)
-            copy_column(x.data + static_cast<std::ptrdiff_t>(task.visits[c].token) * x.stride,
-                        weights, to + c * padded);
-        });
-    to += task.visits.size() * padded;
+    const std::uint64_t weights = task.matrices.up->columns(), count = task.visits.size();
+    task.x =
+        copy_columns(x, weights, count, to, [&](std::uint64_t c) { return task.visits[c].token; });
+    to += count * column_stride(weights);
   }
 }
 

@@ -55,6 +55,20 @@ void Engine::run_pieces(std::span<Cut> cuts, const Work& work) {
   });
 }
 
+// Copies for Multiplier::rows, side by side from `to` on: the c-th is x's column of token_of(c).
+// All threads copy, since what one of them has written may be far from the others.
+template <class TokenOf>
+Columns Engine::copy_columns(const Input& x, std::uint64_t weights, std::uint64_t count,
+                             std::uint16_t* to, const TokenOf& token_of) {
+  const std::uint64_t stride = column_stride(weights);
+  pool_->run(count, kPieceTokens, [&](unsigned, std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t c = begin; c < end; ++c)
+      copy_column(x.data + static_cast<std::ptrdiff_t>(token_of(c)) * x.stride, weights,
+                  to + c * stride);
+  });
+  return {to, static_cast<std::ptrdiff_t>(stride), static_cast<std::uint32_t>(count)};
+}
+
 // Calls keep(which, values, begin, rows, column) for the products of each piece of rows of one of
 // the matrices, which share the columns.
 template <std::size_t kMatrices, class Keep>

@@ -22,6 +22,7 @@ from zipmoe.experts import (
     ExpertLayer,
     ExpertSource,
     bind,
+    is_chosen,
     needs_whole,
     runs_in_one_call,
 )
@@ -232,7 +233,7 @@ def _check_engaged(model: nn.Module, bound: dict[str, ExpertLayer]) -> None:
     """Every decorated experts module must really call our function."""
     for name in bound:
         module = model.get_submodule(name)
-        if hasattr(module, "has_gate") and module.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
+        if hasattr(module, "has_gate") and not is_chosen(module.config):
             raise MismatchError(f"transformers does not let {name} use zipmoe's experts function")
 
 

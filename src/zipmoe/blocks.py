@@ -170,8 +170,7 @@ class NativeMoe(NativeBlock):
 
     def is_chosen(self) -> bool:
         """Tell whether the model's experts are still to be run by zipmoe."""
-        chosen: bool = self.experts.config._experts_implementation == experts.IMPLEMENTATION
-        return chosen
+        return experts.is_chosen(self.experts.config)
 
 
 def native_attention(module: Any) -> NativeAttention | None:

@@ -93,8 +93,8 @@ class NativeDecoder(NativeBlock):
         found = [placing_layer(past_key_values, layer.self_attn.layer_idx) for layer in layers]
         caches = [cache for cache in found if cache is not None]
         half, source = layers[0].self_attn, layers[0].source
-        experts_chosen = self.config._experts_implementation == experts.IMPLEMENTATION
-        if len(caches) != len(found) or not half.is_chosen() or not experts_chosen:
+        are_chosen = half.is_chosen() and experts.is_chosen(self.config)
+        if len(caches) != len(found) or not are_chosen:
             return None
         x = self.embed_tokens(ids)
         if not takes(x):

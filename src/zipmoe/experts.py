@@ -29,6 +29,7 @@ __all__ = [
     "ExpertSource",
     "bind",
     "experts_forward",
+    "is_chosen",
     "needs_whole",
     "runs_in_one_call",
 ]
@@ -37,6 +38,11 @@ IMPLEMENTATION = "zipmoe"
 """Name of `experts_forward` in transformers' experts interface."""
 
 _COMBINED_ELEMENTS = 1 << 21  # of one block in the last sum
+
+
+def is_chosen(config: Any) -> bool:
+    """Tell whether `experts_forward` runs the experts of a model of this configuration."""
+    return bool(config._experts_implementation == IMPLEMENTATION)
 
 
 def experts_forward(
